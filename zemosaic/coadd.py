@@ -1,0 +1,183 @@
+"""Many frames into one tile, block by block: warp, adjust, reject, average while the pixels are in cache.
+
+Every route stacks frames through `coadd`; only which frames, onto which grid, differs. The result of a
+pixel does not depend on how the window is cut into blocks or how many workers share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zemosaic.calibrate import Repairs
+from zemosaic.combine import Clip, combine
+from zemosaic.execute import thread_map
+from zemosaic.frames import Frame
+from zemosaic.levels import Adjustment
+from zemosaic.tiles import FloatImage, Tile, Window
+from zemosaic.warp import PixelMap, warp_block
+
+_BLOCK_SAMPLES = 3_000_000  # samples of a block's stack: with its temporaries it stays in the outer cache
+_GUARD_SIGMAS = 20.0  # contrast, in units of the noise, from which interpolation is guarded against ringing
+
+
+@dataclass(frozen=True)
+class Sub:
+    """Everything a coadd needs to know of one frame; picklable, without pixels.
+
+    Parameters
+    ----------
+    frame : Frame
+        Where the pixels are.
+    repairs : Repairs
+        Hot pixels to mend after reading.
+    pixel_map : PixelMap
+        Where the frame lies on the canvas.
+    adjustment : Adjustment
+        Gain and sky plane.
+    noise : ndarray
+        ``(C,)`` noise of a photosite after gain, ADU.
+    weight : ndarray
+        ``(C,)`` weight in the mean.
+    """
+
+    frame: Frame
+    repairs: Repairs
+    pixel_map: PixelMap
+    adjustment: Adjustment
+    noise: NDArray[np.float64]
+    weight: NDArray[np.float64]
+
+    @property
+    def window(self) -> Window:
+        """Canvas pixels the frame may touch."""
+        return self.pixel_map.window
+
+
+@dataclass(frozen=True)
+class Coadd:
+    """A tile and what became of its frames.
+
+    Parameters
+    ----------
+    tile : Tile
+        Image and coverage over the common window of the frames.
+    used, rejected : ndarray
+        ``(n,)`` pixels of each frame that contributed, and that were rejected as outliers.
+    """
+
+    tile: Tile
+    used: NDArray[np.int64]
+    rejected: NDArray[np.int64]
+
+
+def coadd(
+    subs: Sequence[Sub],
+    pixels: Sequence[FloatImage],
+    sky: NDArray[np.float64],
+    clip: Clip,
+    *,
+    use_median: bool = False,
+    workers: int = 1,
+    window: Window | None = None,
+    check_stop: Callable[[], None] = lambda: None,
+) -> Coadd:
+    """Stack frames onto their common window of the canvas.
+
+    Parameters
+    ----------
+    subs : sequence of Sub
+        The frames.
+    pixels : sequence of ndarray
+        Their prepared pixels, ``(ny, nx)`` or ``(ny, nx, 3)`` float32, in the same order.
+    sky : ndarray
+        ``(C,)`` common sky level after adjustment.
+    clip : Clip
+        Rejection.
+    use_median : bool
+        Median instead of weighted mean.
+    workers : int
+        Threads.
+    window : Window, optional
+        Canvas pixels to make; the hull of the frames' windows if not given.
+    check_stop : callable
+        Called before every block; raises to stop.
+
+    Returns
+    -------
+    Coadd
+    """
+    if window is None:
+        window = subs[0].window
+        for sub in subs[1:]:
+            window = window.hull(sub.window)
+    channels = len(sky)
+    image = np.full((*window.shape, channels), np.nan, np.float32)
+    coverage = np.zeros(window.shape, np.float32)
+    used, rejected = np.zeros(len(subs), np.int64), np.zeros(len(subs), np.int64)
+    sky32 = sky.astype(np.float32)
+
+    def work(
+        block: Window,
+    ) -> tuple[Window, FloatImage, NDArray[np.bool_], NDArray[np.bool_], list[int]] | None:
+        check_stop()
+        # One pixel more on every side: rejection looks at the brightest neighbour.
+        halo = block.grow(1)
+        stack, who = warp_stack(subs, pixels, halo)
+        if not who:
+            return None
+        sigma, weight = (np.array([getattr(subs[i], name) for i in who]).T for name in ("noise", "weight"))
+        result, keep = combine(stack, sigma, weight, sky32, clip, use_median=use_median)
+        ys, xs = block.within(halo)
+        valid = np.logical_not(np.isnan(stack).any(axis=0))
+        return block, result[ys, xs], keep[:, ys, xs], valid[:, ys, xs], who
+
+    blocks = window.blocks(block_side(len(subs), channels))
+    for done in thread_map(work, blocks, workers):
+        if done is None:
+            continue
+        block, result, keep, valid, who = done
+        at = block.within(window)
+        image[at] = result
+        coverage[at] = keep.sum(axis=0)
+        kept = keep.sum(axis=(1, 2))
+        used[who] += kept
+        rejected[who] += valid.sum(axis=(1, 2)) - kept
+    image[coverage == 0] = np.nan
+    tile = Tile(window, image if channels == 3 else image[..., 0], coverage)
+    return Coadd(tile, used, rejected)
+
+
+def warp_stack(subs: Sequence[Sub], pixels: Sequence[FloatImage], block: Window) -> tuple[FloatImage, list[int]]:
+    """Adjusted pixels of all frames that touch a block: ``(C, n, h, w)`` and which frames they are."""
+    layers: list[tuple[FloatImage, Window]] = []
+    who: list[int] = []
+    for i, (sub, data) in enumerate(zip(subs, pixels, strict=True)):
+        box = block.intersect(sub.window)
+        if not box.area:
+            continue
+        edge = _GUARD_SIGMAS * float(np.max(sub.noise / sub.adjustment.gain))
+        layer = warp_block(data, sub.frame.bayer, sub.pixel_map.block(box), edge)
+        if layer is None:
+            continue
+        layers.append((layer, box))
+        who.append(i)
+    if not layers:
+        return np.zeros((0, 0, *block.shape), np.float32), who
+    stack = np.full((layers[0][0].shape[2], len(layers), *block.shape), np.nan, np.float32)
+    for k, (i, (layer, box)) in enumerate(zip(who, layers, strict=True)):
+        ys, xs = box.within(block)
+        part = stack[:, k, ys, xs]
+        subs[i].adjustment.apply(np.moveaxis(layer, 2, 0), box, part)
+    return stack, who
+
+
+def block_side(frames: int, channels: int) -> int:
+    """Side of a block, a power of two from 32 to 256 px, that keeps the stack of `frames` near the cache."""
+    side = 256
+    while side > 32 and frames * channels * side**2 > _BLOCK_SAMPLES:
+        side //= 2
+    return side

@@ -1,0 +1,190 @@
+"""What every route begins with: files → frames → canvas → measures → one photometric scale.
+
+Each step keeps what it can use and says of everything else why not; nothing is lost on the way.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from zemosaic.calibrate import Calibration
+from zemosaic.canvas import Canvas, CanvasError, find_strays, pixel_scale, plan_canvas
+from zemosaic.coadd import Sub
+from zemosaic.events import Events
+from zemosaic.execute import process_map, thread_map
+from zemosaic.frames import Frame, FrameError, find_files, read_frame
+from zemosaic.measure import FrameMeasure, choose_aperture, measure_frame
+from zemosaic.photometry import Photometry, match_frames
+from zemosaic.settings import Settings
+from zemosaic.stars import Aperture
+from zemosaic.warp import PixelMap, pixel_map
+
+_CANVAS_COPIES = 3  # of image and coverage that exist at the same time in the last steps of a run
+
+
+@dataclass
+class Intake:
+    """Frames on their way to a route, and the reasons of those that were left behind.
+
+    Parameters
+    ----------
+    files : list of Path
+        Everything that was found.
+    rejected : dict
+        File → why it is not used.
+    frames, measures : list
+        What is still in, in order of time; `measures` from `measure_all` on.
+    """
+
+    files: list[Path]
+    rejected: dict[Path, str] = field(default_factory=dict)
+    frames: list[Frame] = field(default_factory=list)
+    measures: list[FrameMeasure] = field(default_factory=list)
+
+    def drop(self, reasons: Sequence[str], events: Events, key: str = "run_warn_frame_left_out") -> None:
+        """Leave out the frames that have a reason, keep those whose reason is empty."""
+        for frame, reason in zip(self.frames, reasons, strict=True):
+            if reason:
+                self.rejected[frame.path] = reason
+                events.warning(key, name=frame.path.name, reason=reason)
+        stay = [i for i, reason in enumerate(reasons) if not reason]
+        self.frames = [self.frames[i] for i in stay]
+        self.measures = [self.measures[i] for i in stay] if self.measures else []
+
+
+def scan(inputs: Sequence[Path], workers: int, events: Events) -> Intake:
+    """Find the files and read their headers; frames come back in order of time, whatever the file order."""
+    files = find_files(inputs)
+    events.info("run_info_scan_found", n=len(files))
+    intake = Intake(files)
+    step = max(1, len(files) // 50)
+    for i, (path, found) in enumerate(zip(files, process_map(_read, files, workers), strict=True), start=1):
+        events.check_stop()
+        if isinstance(found, Frame):
+            intake.frames.append(found)
+        else:
+            intake.rejected[path] = found
+            events.warning("run_warn_frame_left_out", name=path.name, reason=found)
+        if i % step == 0 or i == len(files):
+            events.progress("phase1_scan", i, len(files))
+    intake.frames.sort(key=lambda f: (f.date_obs, f.path.name, str(f.path)))
+    return intake
+
+
+def _read(path: Path) -> Frame | str:
+    try:
+        return read_frame(path)
+    except FrameError as problem:
+        return str(problem)
+
+
+def place(intake: Intake, settings: Settings, events: Events, budget: int) -> Canvas:
+    """Leave out what cannot share a canvas, then plan it.
+
+    Raises
+    ------
+    CanvasError
+        If no canvas can be made of what is left, or it would not fit into `budget` bytes of memory.
+    """
+    intake.drop([_unplaced(f) for f in intake.frames], events)
+    colour = Counter(f.colour == "mono" for f in intake.frames).most_common(1)
+    mono = colour[0][0] if colour else False
+    odd = "it is {} and most frames are {}: run it on its own"
+    kinds = ("in colour", "mono")
+    intake.drop(
+        ["" if (f.colour == "mono") == mono else odd.format(kinds[not mono], kinds[mono]) for f in intake.frames],
+        events,
+    )
+    intake.drop(find_strays(intake.frames), events, "run_warn_stray_pointing")
+    canvas = plan_canvas(intake.frames, settings)
+    events.info("run_info_canvas", width=canvas.shape[1], height=canvas.shape[0], scale=canvas.scale)
+    need = canvas.shape[0] * canvas.shape[1] * (2 if mono else 4) * 4 * _CANVAS_COPIES
+    events.info("run_info_memory_forecast", need_gb=need / 2**30, budget_gb=budget / 2**30)
+    if need > budget:
+        raise CanvasError(
+            f"a canvas of {canvas.shape[1]} x {canvas.shape[0]} px needs {need / 2**30:.1f} GB and the run may use "
+            f"{budget / 2**30:.1f} GB: allow more (memory_gb), choose a coarser scale (global_wcs_res_override) or "
+            "split the field"
+        )
+    return canvas
+
+
+def _unplaced(frame: Frame) -> str:
+    if frame.wcs is not None:
+        return ""
+    return frame.wcs_problem or "it has no WCS, neither in its header nor in a sidecar file: solve it first"
+
+
+def measure_all(intake: Intake, calibration: Calibration, settings: Settings, workers: int, events: Events) -> None:
+    """Find the stars and sample the sky of every frame; frames that cannot be read leave here."""
+    frames = intake.frames
+    hot = settings.hot_pixel_sigma if settings.hot_pixel_correction else None
+    aperture = choose_aperture(frames, calibration)
+    scale = float(np.median([pixel_scale(f.wcs) for f in frames]))
+    work = partial(_measure, calibration=calibration, aperture=aperture, scale=scale, hot_sigma=hot, events=events)
+    reasons: list[str] = []
+    measures: list[FrameMeasure] = []
+    for i, found in enumerate(thread_map(work, frames, workers), start=1):
+        if isinstance(found, FrameMeasure):
+            measures.append(found)
+            reasons.append("")
+        else:
+            reasons.append(found)
+        events.progress("sds_measure", i, len(frames))
+    intake.drop(reasons, events)
+    intake.measures = measures
+
+
+def _measure(
+    frame: Frame,
+    calibration: Calibration,
+    aperture: Aperture,
+    scale: float,
+    hot_sigma: float | None,
+    events: Events,
+) -> FrameMeasure | str:
+    events.check_stop()
+    # The aperture is the same on the sky for every camera.
+    zoom = scale / pixel_scale(frame.wcs)
+    own = Aperture(aperture.radius * zoom, aperture.inner * zoom, aperture.outer * zoom)
+    try:
+        measure = measure_frame(frame, calibration, own, hot_sigma=hot_sigma)
+    except FrameError as problem:
+        return str(problem)
+    if not np.isfinite(measure.sky).all():
+        return "it holds no valid pixels"
+    if not (measure.noise > 0).all():
+        return "its pixels are all alike: it is empty or saturated"
+    return measure
+
+
+def match(
+    intake: Intake, canvas: Canvas, settings: Settings, workers: int, events: Events
+) -> tuple[list[Sub], Photometry]:
+    """Pixel maps and one photometric scale for all frames that are left."""
+
+    def work(frame: Frame) -> PixelMap:
+        events.check_stop()
+        return pixel_map(frame.wcs, frame.shape, canvas.wcs, canvas.window_of(frame))
+
+    maps = list(thread_map(work, intake.frames, workers))
+    photometry = match_frames(intake.frames, intake.measures, maps, canvas, settings)
+    subs = [
+        Sub(frame, measure.repairs, each, adjustment, noise, weight)
+        for frame, measure, each, adjustment, noise, weight in zip(
+            intake.frames,
+            intake.measures,
+            maps,
+            photometry.adjustments,
+            photometry.noise,
+            photometry.weight,
+            strict=True,
+        )
+    ]
+    return subs, photometry

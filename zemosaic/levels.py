@@ -1,0 +1,358 @@
+"""Photometric matching: measure what frames share, then solve one linear system for all of them at once.
+
+Sky adds and transparency multiplies, so they are kept apart. Gains come from stars, sky levels and gradients from
+the sky that frames share. No frame is the reference: every one is fitted to what all of them agree on,
+and what the data cannot constrain (the overall scale, the overall level and tilt of each connected
+group of frames) stays neutral and is reported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg
+from scipy.ndimage import map_coordinates
+from scipy.sparse import coo_array, csr_array, diags_array
+from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import spsolve
+from scipy.spatial import cKDTree
+
+from zemosaic.tiles import FloatImage, Window
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_DENSE_LIMIT = 3000  # unknowns up to which a dense Cholesky beats a sparse factorisation
+_STAR_FLOOR = 0.01  # magnitude-like floor of a single flux: sampling, flat field, seeing
+_GAIN_PRIOR = 0.5  # how far a frame's transparency may lie from its exposure's, ln units
+_COLOUR_PRIOR = 0.05  # how far a channel's transparency may lie from the grey one, ln units
+_PLANE_PRIOR = 0.1  # sky gradient over half a frame, share of the sky
+_ITERATIONS = 8
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Result of `solve_common`.
+
+    Parameters
+    ----------
+    unknowns : ndarray
+        ``(F, P)`` the frames' unknowns.
+    group : ndarray
+        ``(F,)`` label of the connected group of each frame: nothing ties different groups together.
+    observations : ndarray
+        ``(F,)`` observations each frame shares with another.
+    rms : float
+        Robust scatter of the residuals, in units of the stated errors.
+    """
+
+    unknowns: Floats
+    group: Ints
+    observations: Ints
+    rms: float
+
+
+def solve_common(
+    common: Ints,
+    frame: Ints,
+    design: Floats,
+    value: Floats,
+    sigma: Floats,
+    prior: Floats,
+    prior_sigma: Floats,
+) -> Solution:
+    """Fit ``value = c[common] + design @ unknowns[frame]``, the common values eliminated, robustly.
+
+    The common values (a star's magnitude, the sky in a block) enter only through the normal equations reduced by
+    them, so that the system has P unknowns a frame, however many stars or blocks there are. It is
+    solved directly: alternating between frames and common values crawls on large scales.
+
+    Parameters
+    ----------
+    common, frame : ndarray
+        ``(n,)`` which common value, which frame an observation belongs to.
+    design : ndarray
+        ``(n, P)``.
+    value, sigma : ndarray
+        ``(n,)`` observations and their errors.
+    prior, prior_sigma : ndarray
+        ``(F, P)`` expected unknowns and how far they may be off; keeps neutral what the data leave open.
+
+    Returns
+    -------
+    Solution
+    """
+    frames, width = prior.shape
+    weight = 1 / sigma**2
+    seen = np.bincount(common)
+    tied = seen[common] > 1
+    group = _groups(common[tied], frame[tied], frames)
+    _, common = np.unique(common, return_inverse=True)
+    columns = frame[:, None] * width + np.arange(width)
+    unknowns = prior.copy()
+    robust = np.ones(len(value))
+    scale = 1.0
+    for step in range(_ITERATIONS if len(value) else 0):
+        w = weight * robust
+        unknowns = _solve_reduced(common, columns, design, value, w, prior, prior_sigma)
+        fitted = (design * unknowns.reshape(-1)[columns]).sum(axis=1)
+        total = np.bincount(common, w)
+        centre = np.bincount(common, w * (value - fitted)) / np.maximum(total, 1e-300)
+        residual = (value - fitted - centre[common]) * np.sqrt(weight)
+        if tied.any():
+            scale = max(float(1.4826 * np.median(np.abs(residual[tied]))), 1e-12)
+        # Huber first, so that a bad start does not throw honest frames out; then Tukey's biweight.
+        z = residual / scale
+        robust = np.minimum(1, 2 / np.maximum(np.abs(z), 1e-9)) if step < 2 else np.clip(1 - (z / 5) ** 2, 1e-6, 1) ** 2
+    return Solution(unknowns, group, np.bincount(frame[tied], minlength=frames), scale)
+
+
+def _solve_reduced(
+    common: Ints, columns: Ints, design: Floats, value: Floats, w: Floats, prior: Floats, prior_sigma: Floats
+) -> Floats:
+    """One weighted solution of the reduced normal equations, ``(F, P)``."""
+    size, width = prior.size, prior.shape[1]
+    precision = 1 / prior_sigma.reshape(-1) ** 2
+    rows = np.repeat(np.arange(len(value)), width)
+    x = csr_array((design.reshape(-1), (rows, columns.reshape(-1))), shape=(len(value), size))
+    wx = diags_array(w) @ x
+    total = np.bincount(common, w)
+    indicator = csr_array((np.ones(len(value)), (common, np.arange(len(value)))), shape=(len(total), len(value)))
+    shared = indicator @ wx  # common values x unknowns
+    scaled = diags_array(1 / np.maximum(total, 1e-300)) @ shared
+    normal = (x.T @ wx) - (shared.T @ scaled)
+    right = wx.T @ value - scaled.T @ np.bincount(common, w * value) + precision * prior.reshape(-1)
+    normal = normal + diags_array(precision)
+    if size <= _DENSE_LIMIT:
+        return linalg.solve(normal.toarray(), right, assume_a="pos").reshape(prior.shape)
+    return spsolve(normal.tocsc(), right).reshape(prior.shape)
+
+
+def _groups(common: Ints, frame: Ints, frames: int) -> Ints:
+    """Connected groups of frames that share common values."""
+    _, common = np.unique(common, return_inverse=True)
+    nodes = frames + (int(common.max()) + 1 if len(common) else 0)
+    graph = coo_array((np.ones(len(frame)), (frame, frames + common)), shape=(nodes, nodes))
+    label = connected_components(graph, directed=False)[1][:frames]
+    return np.unique(label, return_inverse=True)[1].astype(np.int64)
+
+
+def match_positions(x: Floats, y: Floats, radius: float) -> Ints:
+    """Give detections of the same star the same number.
+
+    Detections are first merged in cells of half the radius, then cells whose mean positions lie within
+    `radius` are joined: the work grows linearly with the number of detections, however often a star was seen.
+
+    Parameters
+    ----------
+    x, y : ndarray
+        ``(n,)`` canvas positions of all detections of all frames.
+    radius : float
+        Pixels.
+
+    Returns
+    -------
+    ndarray
+        ``(n,)`` star numbers.
+    """
+    if not len(x):
+        return np.zeros(0, np.int64)
+    size = radius / 2
+    cells = np.stack([np.floor(x / size), np.floor(y / size)], axis=1).astype(np.int64)
+    _, cell = np.unique(cells, axis=0, return_inverse=True)
+    cell = cell.reshape(-1)
+    count = np.bincount(cell)
+    centre = np.c_[np.bincount(cell, x) / count, np.bincount(cell, y) / count]
+    pairs = cKDTree(centre).query_pairs(radius, output_type="ndarray")
+    graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(centre), len(centre)))
+    return connected_components(graph, directed=False)[1].astype(np.int64)[cell]
+
+
+def solve_gains(star: Ints, frame: Ints, flux: Floats, error: Floats, expected: Floats) -> tuple[Floats, Solution]:
+    """Gain of every frame and channel that puts all of them on one photometric scale.
+
+    First one grey gain per frame from all channels together, then every channel with the grey gain as its
+    expectation: a channel with few stars leans on the others.
+
+    Parameters
+    ----------
+    star, frame : ndarray
+        ``(n,)`` which star was seen in which frame.
+    flux, error : ndarray
+        ``(n, C)`` ADU.
+    expected : ndarray
+        ``(F,)`` gain to expect without stars, i.e. typical exposure over the frame's own.
+
+    Returns
+    -------
+    gain : ndarray
+        ``(F, C)``; multiplies the frame.
+    grey : Solution
+        Of the first step, for what it says about groups and residuals.
+    """
+    frames, channels = len(expected), flux.shape[1]
+    twice = _once_per_frame(star, frame)
+    star, frame, flux, error = star[twice], frame[twice], flux[twice], error[twice]
+    usable = (flux > 5 * error) & np.isfinite(flux)
+    value = np.log(np.where(usable, flux, 1.0))
+    sigma = np.hypot(error / np.where(usable, flux, 1.0), _STAR_FLOOR)
+    start = np.log(expected)[:, None]
+    each, channel = np.nonzero(usable)
+
+    def solve(pick: tuple, common: Ints, who: Ints, prior: Floats, width: float) -> Solution:
+        design = -np.ones((len(who), 1))
+        return solve_common(common, who, design, value[pick], sigma[pick], prior, np.full((frames, 1), width))
+
+    grey = solve((each, channel), star[each] * channels + channel, frame[each], start, _GAIN_PRIOR)
+    gain = np.empty((frames, channels))
+    for c in range(channels):
+        rows = np.flatnonzero(usable[:, c])
+        gain[:, c] = solve((rows, c), star[rows], frame[rows], grey.unknowns, _COLOUR_PRIOR).unknowns[:, 0]
+    # One constant per channel is free: keep the typical frame as it is.
+    gain -= np.median(gain, axis=0) - np.median(start)
+    return np.exp(gain), grey
+
+
+def _once_per_frame(star: Ints, frame: Ints) -> NDArray[np.bool_]:
+    """Observations of stars that were matched only once in their frame: two matches mean a blend."""
+    key = star * (int(frame.max(initial=0)) + 1) + frame
+    _, inverse, count = np.unique(key, return_inverse=True, return_counts=True)
+    return count[inverse] == 1
+
+
+@dataclass(frozen=True)
+class SkySamples:
+    """Sky of one frame at nodes that all frames share.
+
+    Parameters
+    ----------
+    node : ndarray
+        ``(n,)`` number of the node on the canvas.
+    u, v : ndarray
+        ``(n,)`` position of the node in the frame's window, -1 … 1.
+    value : ndarray
+        ``(n, C)`` ADU, before any gain.
+    """
+
+    node: Ints
+    u: Floats
+    v: Floats
+    value: Floats
+
+
+def sample_sky(
+    blocks: FloatImage, block_px: int, positions: tuple[Floats, Floats], node: Ints, u: Floats, v: Floats
+) -> SkySamples:
+    """Interpolate a frame's block medians at canvas nodes.
+
+    Parameters
+    ----------
+    blocks : ndarray
+        ``(by, bx, C)`` medians of boxes of ``block_px`` frame pixels.
+    positions : tuple of ndarray
+        ``x, y``: ``(n,)`` frame positions of the nodes.
+    node, u, v : ndarray
+        ``(n,)`` as in `SkySamples`.
+    """
+    bx, by = ((p - (block_px - 1) / 2) / block_px for p in positions)
+    value = np.stack(
+        [
+            map_coordinates(blocks[..., c], (by, bx), order=1, cval=np.nan, prefilter=False)
+            for c in range(blocks.shape[2])
+        ],
+        axis=1,
+    )
+    good = np.isfinite(value).all(axis=1)
+    return SkySamples(node[good], u[good], v[good], value[good].astype(np.float64))
+
+
+def canvas_nodes(window: Window, spacing: int, canvas_width: int) -> tuple[Ints, Floats, Floats, Floats, Floats]:
+    """Nodes of the canvas-aligned grid inside a window: number, x, y (canvas pixels), u, v (-1 … 1)."""
+    x = np.arange(-(-window.x0 // spacing) * spacing, window.x1, spacing)
+    y = np.arange(-(-window.y0 // spacing) * spacing, window.y1, spacing)
+    gx, gy = (g.ravel() for g in np.meshgrid(x, y))
+    node = ((gy // spacing) * (canvas_width // spacing + 2) + gx // spacing).astype(np.int64)
+    cy, cx, hy, hx = window_frame(window)
+    px, py = gx.astype(np.float64), gy.astype(np.float64)
+    return node, px, py, (px - cx) / hx, (py - cy) / hy
+
+
+def window_frame(window: Window) -> tuple[float, float, float, float]:
+    """Centre ``cy, cx`` and half size ``hy, hx`` that `SkySamples` counts ``v, u`` in."""
+    ny, nx = window.shape
+    return (
+        (window.y0 + window.y1 - 1) / 2,
+        (window.x0 + window.x1 - 1) / 2,
+        max(ny / 2, 1.0),
+        max(nx / 2, 1.0),
+    )
+
+
+def solve_skies(samples: list[SkySamples], gain: Floats, noise: Floats) -> tuple[Floats, list[Solution]]:
+    """Sky level and gradient of every frame and channel against the sky they share.
+
+    Parameters
+    ----------
+    samples : list of SkySamples
+        One per frame.
+    gain : ndarray
+        ``(F, C)`` from `solve_gains`.
+    noise : ndarray
+        ``(F, C)`` error of one sample, ADU before gain.
+
+    Returns
+    -------
+    plane : ndarray
+        ``(F, C, 3)``: level, slope over u, slope over v, ADU after gain; subtract them.
+    solutions : list of Solution
+        One per channel.
+    """
+    frame = np.repeat(np.arange(len(samples)), [len(s.node) for s in samples])
+    node, u, v = (np.concatenate([getattr(s, name) for s in samples]) for name in ("node", "u", "v"))
+    raw = np.concatenate([s.value for s in samples])
+    design = np.stack([np.ones_like(u), u, v], axis=1)
+    plane = np.zeros((*gain.shape, 3))
+    solutions = []
+    for c in range(gain.shape[1]):
+        value, sigma = raw[:, c] * gain[frame, c], (noise[:, c] * gain[:, c])[frame]
+        if not len(value):
+            continue
+        sky = max(abs(float(np.median(value))), float(np.median(sigma)))
+        # Removing the median keeps the numbers small; it comes back through the common sky.
+        width = np.tile(sky * np.array([1.0, _PLANE_PRIOR, _PLANE_PRIOR]), (len(samples), 1))
+        prior = np.zeros_like(width)
+        solution = solve_common(node, frame, design, value - np.median(value), sigma, prior, width)
+        plane[:, c] = solution.unknowns
+        solutions.append(solution)
+    return plane, solutions
+
+
+@dataclass(frozen=True)
+class Adjustment:
+    """What brings one frame to the common photometric scale and sky.
+
+    Parameters
+    ----------
+    window : Window
+        The frame's window: the gradient is counted from its middle.
+    gain : ndarray
+        ``(C,)`` multiplies.
+    plane : ndarray
+        ``(C, 3)`` level and slopes, ADU after gain, subtracted.
+    """
+
+    window: Window
+    gain: Floats
+    plane: Floats
+
+    def apply(self, image: FloatImage, block: Window, out: FloatImage) -> None:
+        """Write the adjusted ``(C, h, w)`` canvas pixels of `block` into `out` of the same shape."""
+        cy, cx, hy, hx = window_frame(self.window)
+        u = (np.arange(block.x0, block.x1) - cx) / hx
+        v = (np.arange(block.y0, block.y1) - cy) / hy
+        for plane, target, gain, (level, slope_u, slope_v) in zip(image, out, self.gain, self.plane, strict=True):
+            np.multiply(plane, np.float32(gain), out=target)
+            target -= (slope_u * u).astype(np.float32)
+            target -= (level + slope_v * v).astype(np.float32)[:, None]

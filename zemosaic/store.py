@@ -1,0 +1,77 @@
+"""Where large arrays live: in memory up to a budget, memory-mapped in a scratch folder beyond it."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+class ArrayStore:
+    """Keeps arrays within a memory budget. Safe to share by threads.
+
+    Parameters
+    ----------
+    budget : int
+        Bytes that may stay in memory; half of it is for `scratch` shelves.
+    folder : Path or None
+        Where files go past the budget; None is the system's folder for temporary files.
+    """
+
+    def __init__(self, budget: int, folder: Path | None = None) -> None:
+        self._budget = budget
+        self._folder = folder
+        self._held = 0
+        self._lock = threading.Lock()
+        self._files: tempfile.TemporaryDirectory[str] | None = None
+        self._count = 0
+
+    def keep(self, array: NDArray[Scalar]) -> NDArray[Scalar]:
+        """The array itself while the budget lasts, else a memory-mapped copy of it.
+
+        Raises
+        ------
+        OSError
+            If the scratch folder is full or cannot be written to.
+        """
+        with self._lock:
+            if self._held + array.nbytes <= self._budget:
+                self._held += array.nbytes
+                return array
+            if self._files is None:
+                self._files = tempfile.TemporaryDirectory(prefix="zemosaic-", dir=self._folder)
+            self._count += 1
+            path = Path(self._files.name) / f"{self._count:06d}.npy"
+        copy = np.lib.format.open_memmap(path, mode="w+", dtype=array.dtype, shape=array.shape)
+        copy[...] = array
+        copy.flush()
+        return copy
+
+    @contextmanager
+    def scratch(self) -> Iterator[ArrayStore]:
+        """A shelf with half the budget for arrays that are not needed after the block."""
+        shelf = ArrayStore(self._budget // 2, self._folder)
+        try:
+            yield shelf
+        finally:
+            shelf.close()
+
+    def close(self) -> None:
+        """Remove the scratch files."""
+        if self._files is not None:
+            self._files.cleanup()
+            self._files = None
+
+    def __enter__(self) -> ArrayStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,569 @@
+"""SDS mode (ZeSupaDupStack): lots → mega-tiles → gain renormalisation → global stack → polish.
+
+`assemble_global_mosaic_sds` reads like that sentence; every step is a function of its own. The frames come in
+already measured and matched to one photometric scale (`zemosaic.photometry`), and go straight from
+their raw pixels into the global WCS, with one interpolation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+import lecropper
+from zemosaic.calibrate import Calibration, prepare
+from zemosaic.canvas import Canvas
+from zemosaic.coadd import Coadd, Sub, block_side, coadd
+from zemosaic.combine import Clip, combine
+from zemosaic.coverage import coverage_cut, coverage_threshold, two_pass_renorm
+from zemosaic.events import Events, render
+from zemosaic.execute import thread_map
+from zemosaic.frames import FrameError
+from zemosaic.settings import Settings
+from zemosaic.stars import plane_noise
+from zemosaic.store import ArrayStore
+from zemosaic.tiles import FloatImage, Mosaic, Tile, Window, alpha_of
+
+_GRID_CELLS = 128  # cells along the longer side of the coarse coverage grid
+_MEDIAN_SAMPLES = 500_000  # pixels that are enough for a median
+_MIN_SHARED = 256  # pixels two mega-tiles must share to be compared
+
+
+class SdsError(Exception):
+    """The SDS chain cannot make a mosaic; the message says why."""
+
+
+@dataclass(frozen=True)
+class Lot:
+    """Frames that become one mega-tile.
+
+    Parameters
+    ----------
+    members : tuple of int
+        Positions in the list of frames.
+    given : bool
+        Whether the lot was given (``preplan_path_groups``) rather than planned here.
+    """
+
+    members: tuple[int, ...]
+    given: bool = False
+
+
+@dataclass(frozen=True)
+class MegaTile:
+    """A lot's tile and how it came about.
+
+    Parameters
+    ----------
+    tile : Tile
+        Image H×W×3 (or H×W) and coverage over the lot's window.
+    lot : Lot
+        Its frames.
+    used, rejected : tuple of int
+        Pixels of each member that contributed, and that were rejected.
+    lost : dict
+        Member → why it could not be used after all.
+    seconds : float
+        Time it took.
+    """
+
+    tile: Tile
+    lot: Lot
+    used: tuple[int, ...]
+    rejected: tuple[int, ...]
+    lost: dict[int, str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Gains:
+    """Outcome of the gain renormalisation.
+
+    Parameters
+    ----------
+    reference : int
+        Index of the mega-tile with gain 1.
+    medians : tuple of float
+        Each tile's own median over covered pixels, ADU.
+    gains : tuple of float
+        What each tile is multiplied by; finite and positive.
+    replaced : tuple of int
+        Tiles whose gain could not be used and is 1 instead.
+    isolated : tuple of int
+        Tiles without overlap, whose gain compares whole tiles.
+    """
+
+    reference: int
+    medians: tuple[float, ...]
+    gains: tuple[float, ...]
+    replaced: tuple[int, ...] = ()
+    isolated: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class SdsResult:
+    """The SDS product before saving: the mosaic, and what the report needs of every step."""
+
+    mosaic: Mosaic
+    megatiles: tuple[MegaTile, ...]
+    gains: Gains
+    history: tuple[str, ...]
+
+
+def assemble_global_mosaic_sds(
+    subs: Sequence[Sub],
+    canvas: Canvas,
+    sky: NDArray[np.float64],
+    calibration: Calibration,
+    settings: Settings,
+    events: Events,
+    store: ArrayStore,
+    *,
+    workers: int = 1,
+    preplan_path_groups: Sequence[Sequence[Path]] | None = None,
+) -> SdsResult:
+    """The whole chain, from matched frames to the polished mosaic.
+
+    Parameters
+    ----------
+    subs : sequence of Sub
+        Frames that passed the gate, in order of time.
+    canvas : Canvas
+        Global pixel grid.
+    sky : ndarray
+        ``(C,)`` common sky level of the adjusted frames, ADU.
+    calibration, settings, events, store, workers
+        As in every route; `store` holds the mega-tiles, in memory or memory-mapped.
+    preplan_path_groups : sequence of sequence of Path, optional
+        Lots given by the user.
+
+    Raises
+    ------
+    SdsError
+        No usable lot, or a mosaic without a single valid pixel.
+    """
+    lots = plan_lots(subs, canvas, settings, events, preplan_path_groups)
+    events.phase(5, "lots")
+    megatiles = tuple(build_megatiles(lots, subs, sky, calibration, settings, events, store, workers=workers))
+    if not megatiles:
+        raise SdsError("no lot has a frame that can be used")
+    events.phase(6, "gains")
+    gains = renormalise_gains([m.tile for m in megatiles], settings.sds_gain_scope)
+    _report_gains(gains, events)
+    tiles = [m.tile for m in megatiles]
+    events.phase(7, "stack")
+    mosaic = stack_megatiles(tiles, gains.gains, canvas, sky, settings, events, workers=workers)
+    if not (mosaic.coverage > 0).any():
+        raise SdsError("the mosaic has no valid pixel: every sample was rejected or missing")
+    events.phase(8, "polish")
+    mosaic, history = polish(mosaic, settings, events)
+    return SdsResult(mosaic, megatiles, gains, history)
+
+
+# --- lots ---------------------------------------------------------------------------------------------------
+
+
+def plan_lots(
+    subs: Sequence[Sub],
+    canvas: Canvas,
+    settings: Settings,
+    events: Events,
+    preplan_path_groups: Sequence[Sequence[Path]] | None = None,
+) -> list[Lot]:
+    """Every frame into exactly one lot: given lots first, matched by raw path, then the own plan for the rest.
+
+    The own plan takes the frames in order and closes a lot once it holds ``sds_min_batch_size`` frames and covers
+    ``sds_coverage_threshold`` of the union footprint, or holds ``sds_target_batch_size``. A tail shorter than
+    the minimum joins the last lot.
+    """
+    where = {sub.frame.path.resolve(): i for i, sub in enumerate(subs)}
+    lots, taken, unknown = [], set[int](), []
+    for group in preplan_path_groups or ():
+        found = [where.get(Path(path).resolve()) for path in group]
+        unknown += [str(path) for path, i in zip(group, found, strict=True) if i is None]
+        members = tuple(i for i in dict.fromkeys(found) if i is not None and i not in taken)
+        taken.update(members)
+        if members:
+            lots.append(Lot(members, given=True))
+    rest = [i for i in range(len(subs)) if i not in taken]
+    lots += _own_plan(rest, subs, canvas, settings)
+    if unknown:
+        events.warning("sds_preplan_unmatched", n=len(unknown), examples=", ".join(unknown[:3]))
+    events.info("sds_lots_planned", lots=len(lots), preplan=len(taken), planned=len(rest))
+    return lots
+
+
+def _own_plan(order: Sequence[int], subs: Sequence[Sub], canvas: Canvas, settings: Settings) -> list[Lot]:
+    marks = partial(_coarse_footprint, canvas=canvas)
+    union = np.zeros(0, np.int64)
+    for i in order:
+        union = np.union1d(union, marks(subs[i]))
+    lots: list[Lot] = []
+    current: list[int] = []
+    covered = np.zeros(0, np.int64)
+    for i in order:
+        current.append(i)
+        covered = np.union1d(covered, marks(subs[i]))
+        enough = len(current) >= settings.sds_min_batch_size
+        wide = covered.size >= settings.sds_coverage_threshold * union.size
+        if (enough and wide) or len(current) >= settings.sds_target_batch_size:
+            lots.append(Lot(tuple(current)))
+            current, covered = [], np.zeros(0, np.int64)
+    if current and lots and len(current) < settings.sds_min_batch_size:
+        lots[-1] = Lot(lots[-1].members + tuple(current))
+    elif current:
+        lots.append(Lot(tuple(current)))
+    return lots
+
+
+def _coarse_footprint(sub: Sub, canvas: Canvas) -> NDArray[np.int64]:
+    """Cells of the coarse coverage grid whose middle lies on a frame."""
+    cell = max(1, -(-max(canvas.shape) // _GRID_CELLS))
+    columns = -(-canvas.shape[1] // cell)
+    rows = -(-canvas.shape[0] // cell)
+    gy, gx = np.mgrid[0:rows, 0:columns] * cell + (cell - 1) / 2
+    box = sub.window
+    near = (gy >= box.y0) & (gy < box.y1) & (gx >= box.x0) & (gx < box.x1)
+    x, y = sub.pixel_map.at(gx[near], gy[near])
+    ny, nx = sub.frame.shape
+    on = (x >= -0.5) & (x <= nx - 0.5) & (y >= -0.5) & (y <= ny - 0.5)
+    return np.flatnonzero(near)[on]
+
+
+# --- mega-tiles ---------------------------------------------------------------------------------------------
+
+
+def build_megatiles(
+    lots: Sequence[Lot],
+    subs: Sequence[Sub],
+    sky: NDArray[np.float64],
+    calibration: Calibration,
+    settings: Settings,
+    events: Events,
+    store: ArrayStore,
+    *,
+    workers: int = 1,
+) -> Iterator[MegaTile]:
+    """One mega-tile per lot that has a usable frame, with a line in the log for each."""
+    for index, lot in enumerate(lots):
+        events.progress("sds_lots", index, len(lots))
+        megatile = build_megatile(lot, subs, sky, calibration, settings, events, store, workers=workers)
+        if megatile is not None:
+            events.info(
+                "sds_lot_done",
+                index=index + 1,
+                lots=len(lots),
+                frames=len(lot.members),
+                seconds=megatile.seconds,
+            )
+            yield megatile
+    events.progress("sds_lots", len(lots), len(lots))
+
+
+def build_megatile(
+    lot: Lot,
+    subs: Sequence[Sub],
+    sky: NDArray[np.float64],
+    calibration: Calibration,
+    settings: Settings,
+    events: Events,
+    store: ArrayStore,
+    *,
+    workers: int = 1,
+) -> MegaTile | None:
+    """Stack one lot in the global WCS: read and mend, warp once, match, weight, reject, average.
+
+    A frame that can no longer be read is left out and named in ``lost``.
+
+    Returns
+    -------
+    MegaTile or None
+        None if no frame of the lot could be read.
+    """
+    start = time.perf_counter()
+    lost: dict[int, str] = {}
+    with store.scratch() as shelf:
+
+        def load(i: int) -> FloatImage | None:
+            events.check_stop()
+            try:
+                return shelf.keep(prepare(subs[i].frame, calibration, subs[i].repairs)[0])
+            except FrameError as problem:
+                lost[i] = str(problem)
+                return None
+
+        loaded = list(thread_map(load, lot.members, workers))
+        there = [k for k, pixels in enumerate(loaded) if pixels is not None]
+        if not there:
+            return None
+        clip = Clip(settings.stacking_rejection_algorithm, settings.stacking_kappa_low, settings.stacking_kappa_high)
+        made: Coadd = coadd(
+            [subs[lot.members[k]] for k in there],
+            [pixels for pixels in loaded if pixels is not None],
+            sky,
+            clip,
+            use_median=settings.stacking_final_combine_method == "median",
+            workers=workers,
+            check_stop=events.check_stop,
+        )
+    used, rejected = [0] * len(lot.members), [0] * len(lot.members)
+    for k, u, r in zip(there, made.used, made.rejected, strict=True):
+        used[k], rejected[k] = int(u), int(r)
+    tile = replace(made.tile, image=store.keep(made.tile.image), coverage=store.keep(made.tile.coverage))
+    return MegaTile(tile, lot, tuple(used), tuple(rejected), lost, time.perf_counter() - start)
+
+
+# --- gain renormalisation -----------------------------------------------------------------------------------
+
+
+def choose_reference(tiles: Sequence[Tile]) -> int:
+    """The mega-tile with the greatest coverage weight; without any coverage the central one, else the first."""
+    weights = np.array([float(np.sum(t.coverage, dtype=np.float64)) for t in tiles])
+    if weights.max(initial=0.0) > 0:
+        return int(np.argmax(weights))
+    middles = np.array([[t.window.y0 + t.window.y1, t.window.x0 + t.window.x1] for t in tiles], float)
+    return int(np.argmin(np.linalg.norm(middles - np.median(middles, axis=0), axis=1)))
+
+
+def renormalise_gains(tiles: Sequence[Tile], scope: str = "shared") -> Gains:
+    """Gain of every mega-tile against the reference: ``gain_ref = 1``, ``gain_i = median_ref / median_i``.
+
+    Parameters
+    ----------
+    tiles : sequence of Tile
+        Mega-tiles.
+    scope : {"shared", "tile"}
+        ``shared`` takes both medians over the pixels two tiles share and carries gains through the overlaps
+        to tiles that do not touch the reference; ``tile`` compares the medians of whole tiles, which
+        mistakes a brighter sky or a nebula for a gain. A tile without overlap gets the latter.
+
+    Returns
+    -------
+    Gains
+        Finite and positive; what cannot be computed is 1 and listed.
+    """
+    reference = choose_reference(tiles)
+    medians = [_median(_grey(t.image), t.coverage > 0) for t in tiles]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gains = np.float64(medians[reference]) / np.array(medians)
+    solved = {reference}
+    if scope == "shared":
+        gains[reference] = 1.0
+        solved = _carry_gains(tiles, reference, gains)
+    isolated = tuple(i for i in range(len(tiles)) if i not in solved) if scope == "shared" else ()
+    gains[reference] = 1.0
+    bad = ~(np.isfinite(gains) & (gains > 0))
+    gains[bad] = 1.0
+    return Gains(reference, tuple(medians), tuple(gains.tolist()), tuple(np.flatnonzero(bad).tolist()), isolated)
+
+
+def _carry_gains(tiles: Sequence[Tile], reference: int, gains: NDArray[np.float64]) -> set[int]:
+    """Fill in `gains` outwards from the reference through shared pixels; returns the tiles that were reached."""
+    shared = np.array([[_shared_cells(a, b) for b in tiles] for a in tiles])
+    solved = {reference}
+    while True:
+        open_tiles = [i for i in range(len(tiles)) if i not in solved]
+        reach = {i: sum(shared[i, j] for j in solved) for i in open_tiles}
+        touching = [i for i in open_tiles if shared[i, reference] > 0] or [i for i in open_tiles if reach[i] > 0]
+        if not touching:
+            return solved
+        i = max(touching, key=lambda k: (shared[k, reference], reach[k], -k))
+        against = [reference] if shared[i, reference] > 0 else [j for j in sorted(solved) if shared[i, j] > 0]
+        logs, weights = [], []
+        for j in against:
+            theirs, own, pixels = shared_medians(tiles[j], tiles[i])
+            if pixels >= _MIN_SHARED and theirs > 0 and own > 0:
+                logs.append(np.log(gains[j] * theirs / own))
+                weights.append(pixels)
+        if logs:
+            gains[i] = np.exp(np.average(logs, weights=weights))
+            solved.add(i)
+        else:
+            shared[i, list(solved)] = 0
+
+
+def shared_medians(a: Tile, b: Tile) -> tuple[float, float, int]:
+    """Medians of two tiles over the pixels that both cover, and the number of those pixels."""
+    box = a.window.intersect(b.window)
+    if not box.area:
+        return float("nan"), float("nan"), 0
+    both = (a.coverage[box.within(a.window)] > 0) & (b.coverage[box.within(b.window)] > 0)
+    count = int(both.sum())
+    return (
+        _median(_grey(a.image[box.within(a.window)]), both),
+        _median(_grey(b.image[box.within(b.window)]), both),
+        count,
+    )
+
+
+def _shared_cells(a: Tile, b: Tile, step: int = 8) -> int:
+    """Rough number of shared pixels, from every 8th one."""
+    box = a.window.intersect(b.window)
+    both = [t.coverage[box.within(t.window)][::step, ::step] > 0 for t in (a, b)] if box.area else []
+    return int((both[0] & both[1]).sum()) if both else 0
+
+
+def _grey(image: FloatImage) -> FloatImage:
+    return image if image.ndim == 2 else image.mean(axis=2)
+
+
+def _median(values: FloatImage, where: NDArray[np.bool_]) -> float:
+    """Median over a mask, NaN left out, from at most half a million evenly spread pixels; NaN if none."""
+    picked = values[where]
+    picked = picked[:: max(1, picked.size // _MEDIAN_SAMPLES)]
+    picked = picked[np.isfinite(picked)]
+    return float(np.median(picked)) if picked.size else float("nan")
+
+
+def _report_gains(gains: Gains, events: Events) -> None:
+    reference = gains.reference
+    events.info("sds_reference", index=reference + 1, median=gains.medians[reference])
+    order = np.argsort(np.abs(np.log(gains.gains)), kind="stable")[::-1][:3]
+    examples = ", ".join(f"{i + 1}: {gains.gains[i]:.4f}" for i in order)
+    events.info("sds_gains", min=min(gains.gains), max=max(gains.gains), examples=examples)
+    for i in gains.replaced:
+        events.warning("sds_gain_replaced", index=i + 1, gain=gains.medians[i])
+    for i in gains.isolated:
+        events.warning("sds_gain_isolated", index=i + 1)
+
+
+# --- global stack -------------------------------------------------------------------------------------------
+
+
+def stack_megatiles(
+    tiles: Sequence[Tile],
+    gains: Sequence[float],
+    canvas: Canvas,
+    sky: NDArray[np.float64],
+    settings: Settings,
+    events: Events,
+    *,
+    workers: int = 1,
+) -> Mosaic:
+    """Combine the renormalised mega-tiles on the canvas, weighted per pixel by coverage; levels stay as they are.
+
+    A sample's expected noise is its tile's own, scaled by the coverage at that pixel, so that rejection works from
+    two tiles on. The canvas's coverage counts the frames behind the samples that were kept.
+    """
+    channels = len(sky)
+    method, k = settings.global_coadd_method, settings.global_coadd_k
+    names = {"kappa_sigma": "kappa_sigma", "winsorized": "winsorized_sigma_clip"}
+    clip = Clip(names.get(method, "none"), k, k)  # type: ignore[arg-type]
+    unit = [_unit_noise(t) * g for t, g in zip(tiles, gains, strict=True)]
+    sky32 = sky.astype(np.float32)
+    image = np.full((*canvas.shape, channels), np.nan, np.float32)
+    coverage = np.zeros(canvas.shape, np.float32)
+    events.info("global_coadd_start", tiles=len(tiles), method=method)
+    start = time.perf_counter()
+
+    def work(block: Window) -> tuple[Window, FloatImage, FloatImage] | None:
+        events.check_stop()
+        halo = block.grow(1)
+        layers = [
+            _layer(t, g, u, halo) for t, g, u in zip(tiles, gains, unit, strict=True) if halo.intersect(t.window).area
+        ]
+        if not layers:
+            return None
+        stack, sigma, weight = (np.stack(part, axis=1) for part in zip(*layers, strict=True))
+        result, keep = combine(stack, sigma, weight, sky32, clip, use_median=method == "median")
+        inner = block.within(halo)
+        return block, result[inner], (keep * weight[0]).sum(axis=0)[inner]
+
+    blocks = list(Window.of_shape(canvas.shape).blocks(block_side(len(tiles), channels)))
+    for done, made in enumerate(thread_map(work, blocks, workers), start=1):
+        if made is not None:
+            block, result, depth = made
+            image[block.slices] = result
+            coverage[block.slices] = depth
+        if done % 64 == 0 or done == len(blocks):
+            events.progress("sds_stack", done, len(blocks))
+    image[coverage == 0] = np.nan
+    events.info("global_coadd_done", tiles=len(tiles), seconds=time.perf_counter() - start)
+    return Mosaic(image if channels == 3 else image[..., 0], coverage, alpha_of(coverage), canvas.wcs.deepcopy())
+
+
+def _layer(
+    tile: Tile, gain: float, unit: NDArray[np.float64], halo: Window
+) -> tuple[FloatImage, FloatImage, FloatImage]:
+    """One tile's part of a block: image, its noise and its weight, each ``(C, h, w)``."""
+    box = halo.intersect(tile.window)
+    (ys, xs), inside = box.within(halo), box.within(tile.window)
+    image = np.full((len(unit), *halo.shape), np.nan, np.float32)
+    depth = np.zeros((len(unit), *halo.shape), np.float32)
+    part = tile.image[inside]
+    image[:, ys, xs] = np.moveaxis(part if part.ndim == 3 else part[..., None], 2, 0) * np.float32(gain)
+    depth[:, ys, xs] = tile.coverage[inside]
+    noise = unit[:, None, None] / np.sqrt(np.maximum(depth, 1))
+    return image, noise.astype(np.float32), depth
+
+
+def _unit_noise(tile: Tile) -> NDArray[np.float64]:
+    """Noise ``(C,)`` that one frame would have in this tile: pixel differences times the root of the coverage."""
+    depth = np.sqrt(tile.coverage)
+    image = tile.image if tile.image.ndim == 3 else tile.image[..., None]
+    noise = np.array([plane_noise(image[..., c] * depth) for c in range(image.shape[2])])
+    return np.where(noise > 0, noise, 1e-6)
+
+
+# --- polish -------------------------------------------------------------------------------------------------
+
+
+def polish(mosaic: Mosaic, settings: Settings, events: Events) -> tuple[Mosaic, tuple[str, ...]]:
+    """Coverage cut → two-pass renormalisation → quality crop → alt-az clean-up → autocrop, as switched on.
+
+    Every step takes the whole mosaic, so image, coverage, alpha and WCS stay in step.
+
+    Returns
+    -------
+    mosaic : Mosaic
+        Polished.
+    history : tuple of str
+        One line per step that was run.
+    """
+    history = []
+
+    def note(key: str, **values: float) -> None:
+        events.info(key, **values)
+        history.append(render(key, values))
+
+    mosaic, removed = coverage_cut(mosaic, settings.sds_min_coverage_keep)
+    note(
+        "sds_coverage_cut",
+        n=removed,
+        limit=coverage_threshold(mosaic.coverage, settings.sds_min_coverage_keep),
+    )
+    if settings.two_pass_coverage_renorm:
+        mosaic, stats = two_pass_renorm(mosaic, settings.two_pass_cov_sigma_px, settings.two_pass_cov_gain_clip)
+        note("sds_two_pass", min=stats.gain_min, max=stats.gain_max)
+    if settings.quality_crop_enabled:
+        mosaic, crop = lecropper.quality_crop(
+            mosaic,
+            settings.quality_crop_band_px,
+            settings.quality_crop_k_sigma,
+            settings.quality_crop_margin_px,
+            settings.quality_crop_min_run,
+            settings.crop_follow_signal,
+        )
+        note("sds_quality_crop", n=crop.n_removed)
+    if settings.altaz_cleanup_enabled:
+        mosaic, cleanup = lecropper.altaz_cleanup(
+            mosaic,
+            settings.altaz_margin_percent,
+            settings.altaz_decay,
+            settings.altaz_nanize,
+            settings.altaz_min_coverage_abs,
+            settings.altaz_min_coverage_frac,
+            settings.altaz_morph_open_px,
+        )
+        note("sds_altaz_cleanup", n=cleanup.n_removed)
+    if settings.global_wcs_autocrop_enabled:
+        mosaic, cut = lecropper.autocrop(mosaic, settings.global_wcs_autocrop_margin_px)
+        box = cut.window
+        note("sds_autocrop", width=mosaic.shape[1], height=mosaic.shape[0], x0=box.x0, y0=box.y0)
+    return mosaic, tuple(history)
