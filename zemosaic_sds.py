@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -315,7 +315,8 @@ def build_megatile(
     used, rejected = [0] * len(lot.members), [0] * len(lot.members)
     for k, u, r in zip(there, made.used, made.rejected, strict=True):
         used[k], rejected[k] = int(u), int(r)
-    tile = replace(made.tile, image=store.keep(made.tile.image), coverage=store.keep(made.tile.coverage))
+    made_tile = made.tile
+    tile = Tile(made_tile.window, *(store.keep(a) for a in (made_tile.image, made_tile.coverage, made_tile.depth)))
     return MegaTile(tile, lot, tuple(used), tuple(rejected), lost, time.perf_counter() - start)
 
 
@@ -446,10 +447,12 @@ def stack_megatiles(
     *,
     workers: int = 1,
 ) -> Mosaic:
-    """Combine the renormalised mega-tiles on the canvas, weighted per pixel by coverage; levels stay as they are.
+    """Combine the renormalised mega-tiles on the canvas; levels stay as they are.
 
-    A sample's expected noise is its tile's own, scaled by the coverage at that pixel, so that rejection works from
-    two tiles on. The canvas's coverage counts the frames behind the samples that were kept.
+    The weight of a tile at a pixel is its coverage there, every frame counted by its own weight
+    (``stacking_weighting_method``; with ``none`` that is the coverage itself). A sample's expected noise is its
+    tile's, scaled to that weight, so that rejection works from two tiles on. The canvas's coverage
+    counts the frames behind the samples that were kept.
     """
     channels = len(sky)
     method, k = settings.global_coadd_method, settings.global_coadd_k
@@ -470,10 +473,11 @@ def stack_megatiles(
         ]
         if not layers:
             return None
-        stack, sigma, weight = (np.stack(part, axis=1) for part in zip(*layers, strict=True))
+        stack, sigma, weight = (np.stack([layer[k] for layer in layers], axis=1) for k in range(3))
         result, keep = combine(stack, sigma, weight, sky32, clip, use_median=method == "median")
         inner = block.within(halo)
-        return block, result[inner], (keep * weight[0]).sum(axis=0)[inner]
+        depth = np.einsum("nhw,nhw->hw", keep, np.stack([layer[3] for layer in layers]))
+        return block, result[inner], depth[inner]
 
     blocks = list(Window.of_shape(canvas.shape).blocks(block_side(len(tiles), channels)))
     for done, made in enumerate(thread_map(work, blocks, workers), start=1):
@@ -490,24 +494,25 @@ def stack_megatiles(
 
 def _layer(
     tile: Tile, gain: float, unit: NDArray[np.float64], halo: Window
-) -> tuple[FloatImage, FloatImage, FloatImage]:
-    """One tile's part of a block: image, its noise and its weight, each ``(C, h, w)``."""
+) -> tuple[FloatImage, FloatImage, FloatImage, FloatImage]:
+    """One tile's part of a block: image, noise and weight, each ``(C, h, w)``, and coverage ``(h, w)``."""
     box = halo.intersect(tile.window)
     (ys, xs), inside = box.within(halo), box.within(tile.window)
     image = np.full((len(unit), *halo.shape), np.nan, np.float32)
-    depth = np.zeros((len(unit), *halo.shape), np.float32)
+    weight, depth = np.zeros(halo.shape, np.float32), np.zeros(halo.shape, np.float32)
     part = tile.image[inside]
     image[:, ys, xs] = np.moveaxis(part if part.ndim == 3 else part[..., None], 2, 0) * np.float32(gain)
-    depth[:, ys, xs] = tile.coverage[inside]
-    noise = unit[:, None, None] / np.sqrt(np.maximum(depth, 1))
-    return image, noise.astype(np.float32), depth
+    weight[ys, xs] = tile.depth[inside]
+    depth[ys, xs] = tile.coverage[inside]
+    noise = unit[:, None, None] / np.sqrt(np.where(weight > 0, weight, 1))
+    return image, noise.astype(np.float32), np.broadcast_to(weight, image.shape), depth
 
 
 def _unit_noise(tile: Tile) -> NDArray[np.float64]:
-    """Noise ``(C,)`` that one frame would have in this tile: pixel differences times the root of the coverage."""
-    depth = np.sqrt(tile.coverage)
+    """Noise ``(C,)`` of a typical frame in this tile: pixel differences times the root of the weight."""
+    root = np.sqrt(tile.depth)
     image = tile.image if tile.image.ndim == 3 else tile.image[..., None]
-    noise = np.array([plane_noise(image[..., c] * depth) for c in range(image.shape[2])])
+    noise = np.array([plane_noise(image[..., c] * root) for c in range(image.shape[2])])
     return np.where(noise > 0, noise, 1e-6)
 
 
@@ -532,12 +537,9 @@ def polish(mosaic: Mosaic, settings: Settings, events: Events) -> tuple[Mosaic, 
         events.info(key, **values)
         history.append(render(key, values))
 
-    mosaic, removed = coverage_cut(mosaic, settings.sds_min_coverage_keep)
-    note(
-        "sds_coverage_cut",
-        n=removed,
-        limit=coverage_threshold(mosaic.coverage, settings.sds_min_coverage_keep),
-    )
+    limit = coverage_threshold(mosaic.coverage, settings.sds_min_coverage_keep)
+    mosaic, removed = coverage_cut(mosaic, limit)
+    note("sds_coverage_cut", n=removed, limit=limit)
     if settings.two_pass_coverage_renorm:
         mosaic, stats = two_pass_renorm(mosaic, settings.two_pass_cov_sigma_px, settings.two_pass_cov_gain_clip)
         note("sds_two_pass", min=stats.gain_min, max=stats.gain_max)

@@ -115,20 +115,20 @@ def test_a_keep_that_is_no_share_is_an_error(keep):
 @pytest.mark.parametrize("keep", [0.4, 1.0])
 def test_uniform_coverage_loses_nothing(depth, keep):
     mosaic = mosaic_of(np.full((40, 50), depth))
-    assert coverage_cut(mosaic, keep) == (mosaic, 0)
+    assert coverage_cut(mosaic, coverage_threshold(mosaic.coverage, keep)) == (mosaic, 0)
 
 
 def test_a_single_depth_panel_survives_beside_a_deep_overlap():
     coverage = np.full((100, 200), 10, np.float32)
     coverage[:, 120:] = 400
     assert (coverage < 0.4 * coverage.max()).mean() == 0.6  # a cut relative to the peak erases the panel
-    assert coverage_cut(mosaic_of(coverage), 0.4)[1] == 0
+    assert coverage_cut(mosaic_of(coverage), coverage_threshold(coverage, 0.4))[1] == 0
 
 
 def test_the_cut_makes_no_data_everywhere_and_counts_it():
     coverage = rosette()
     mosaic = mosaic_of(coverage)
-    cut, n_removed = coverage_cut(mosaic, 0.4)
+    cut, n_removed = coverage_cut(mosaic, 3.0)
     gone = (coverage > 0) & (coverage < 3)
     assert n_removed == gone.sum() > 0
     assert np.isnan(cut.image[gone]).all() and not cut.coverage[gone].any() and not cut.alpha[gone].any()
@@ -140,7 +140,7 @@ def test_the_cut_makes_no_data_everywhere_and_counts_it():
 @pytest.mark.parametrize("seed", range(3))
 def test_sky_with_three_frames_stays_at_ten_frames_a_panel(seed):
     coverage = rosette(10, seed=seed)
-    cut, _ = coverage_cut(mosaic_of(coverage, channels=1), 0.4)
+    cut, _ = coverage_cut(mosaic_of(coverage, channels=1), coverage_threshold(coverage, 0.4))
     assert (cut.coverage[coverage >= 3] > 0).mean() >= 0.985
 
 
@@ -235,10 +235,33 @@ def test_single_pixels_that_lost_a_sample_get_the_gain_of_their_neighbours():
     np.testing.assert_allclose(gain[50:300:40, 20:380:40], gain[50:300:40, 21:381:40], rtol=2e-3)
 
 
+def test_a_sliver_far_from_all_that_was_measured_is_left_alone():
+    coverage = np.zeros((320, 1000))
+    coverage[:, :200], coverage[:, 200:400], coverage[:, 990:993] = 10, 20, 5
+    mosaic = mosaic_of(coverage, np.where(coverage == 20, 1.03 * SKY, SKY))
+    result, stats = two_pass_renorm(mosaic)
+    assert stats.applied
+    np.testing.assert_array_equal(result.image[:, 990:993], mosaic.image[:, 990:993])
+
+
 @pytest.mark.parametrize("shape", [(5, 5), (30, 400), (70, 70)])
 def test_small_pictures_are_left_alone(shape):
     mosaic = mosaic_of(np.ones(shape))
     assert two_pass_renorm(mosaic)[0] is mosaic
+
+
+def test_a_step_within_the_noise_is_no_step():
+    steps = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        coverage = np.zeros((200, 200))
+        for y, x in rng.integers(0, 100, (8, 2)):
+            coverage[y : y + 120, x : x + 120] += 1
+        mosaic = mosaic_of(coverage, seed=seed, noise=60.0)
+        result, stats = two_pass_renorm(mosaic)
+        assert result is mosaic
+        steps.append(stats.step)
+    assert max(steps) > 0.003  # chance alone makes steps large enough to be worth it
 
 
 def test_a_sky_around_zero_is_left_alone():

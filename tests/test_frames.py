@@ -327,6 +327,13 @@ def test_tile_compressed_integers(tmp_path, scheme, shape):
     np.testing.assert_array_equal(read_pixels(frame), np.moveaxis(data, 0, 2) if len(shape) == 3 else data)
 
 
+@pytest.mark.parametrize("scheme", ["HCOMPRESS_1", "PLIO_1"])
+def test_tile_compressed_in_uneven_tiles(tmp_path, scheme):
+    data = RNG.integers(0, 1000, (21, 26)).astype(np.int16)
+    fits.CompImageHDU(data, compression_type=scheme, tile_shape=(8, 10)).writeto(tmp_path / "a.fz")
+    np.testing.assert_array_equal(read_pixels(read_frame(tmp_path / "a.fz")), data)
+
+
 def test_tile_compressed_blank_and_quantised_floats(tmp_path):
     data = RAW.astype(np.int32)
     data[2, 3] = -99
@@ -411,17 +418,14 @@ TPV = {"PV1_0": 1e-5, "PV1_1": 1.01, "PV1_2": 2e-3, "PV1_5": 0.3, "PV2_1": 0.99,
         {**TAN, "CTYPE1": "RA---SIN", "CTYPE2": "DEC--SIN", "PV2_1": 0.1},
         {**TAN, "CTYPE1": "RA---TPV", "CTYPE2": "DEC--TPV", **TPV},
         {**TAN, **TPV, **SIP},
-        {**TAN, "CTYPE1": "RA---TPV", "CTYPE2": "DEC--TPV", **TPV, **SIP},
         {**TAN, "RADECSYS": "FK5", "EPOCH": 2000.0, "LONPOLE": 170.0},
         PC_CDELT,
         {**PC_CDELT, "CROTA2": 33.0},
         {**PC_CDELT, "PC1_2": 0.2, "PC2_1": -0.3},
         {**PC_CDELT, "PC001002": 0.2, "PC002001": -0.3},
-        {**TAN, "CUNIT1": "degree", "CUNIT2": "DEG"},
         {**PC_CDELT, "CUNIT1": "arcsec", "CUNIT2": "arcsec", "CDELT1": 2.0, "CRVAL1": 1e5, "CRVAL2": 2e5},
         SWAPPED,
         {**SWAPPED, **SIP},
-        {**SWAPPED, "CTYPE1": "DEC--TPV", "CTYPE2": "RA---TPV", **TPV},
         {**PC_CDELT, "CTYPE1": "DEC--TAN", "CTYPE2": "RA---TAN", "CRVAL1": 68.1, "CRVAL2": 315.4},
         {
             **PC_CDELT,
@@ -471,6 +475,25 @@ def test_rotation_by_crota_agrees_with_astropy(ra, dec, angle, scale, parity, sw
     )
 
 
+IDENTITY = {"PV1_1": 1.0, "PV2_1": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("odd", "plain"),
+    [
+        # astropy refuses these units, keeps the SIP of a TPV header, and turns a TPV whose latitude
+        # comes first by 90 degrees.
+        ({**TAN, "CUNIT1": "degree", "CUNIT2": "DEG"}, TAN),
+        ({**TAN, "CTYPE1": "RA---TPV", "CTYPE2": "DEC--TPV", **IDENTITY, **SIP}, TAN),
+        ({**SWAPPED, "CTYPE1": "DEC--TPV", "CTYPE2": "RA---TPV", **IDENTITY}, SWAPPED),
+        ({**TAN, **SIP, "CTYPE1": "RA---TAN-SIP", "CTYPE2": "DEC--TAN-SIP", **TPV}, {**TAN, **SIP}),
+    ],
+)
+def test_wcs_where_astropy_is_no_judge(odd, plain):
+    apart = sky_wcs(odd, (20, 24)).pixel_to_world(*GRID.T).separation(sky_wcs(plain, (20, 24)).pixel_to_world(*GRID.T))
+    assert apart.arcsec.max() < 1e-6
+
+
 def test_cd_wins_where_the_scale_is_given_three_times():
     matrix = {key.replace("CD", "PC"): value for key, value in TAN.items() if key[:2] == "CD"}
     wcs = sky_wcs(cards_of({**TAN, **matrix, "CDELT1": 6e-4, "CDELT2": 6e-4, "CROTA2": 30.0}), (20, 24))
@@ -513,7 +536,6 @@ def test_interleaved_rgb_with_the_sky_on_axes_two_and_three(tmp_path):
         ({"A_ORDER": 40, "B_ORDER": 40}, "SIP"),
         ({**SIP, "A_2_0": "x"}, "A_2_0 is not a number"),
         ({**SIP, "A_2_0": 5.0}, "one-to-one"),
-        ({"CD1_1": 30.0, "CD2_2": 30.0}, "WCS"),
     ],
 )
 def test_wcs_that_is_no_good_leaves_a_frame_and_a_reason(tmp_path, change, match):
@@ -844,6 +866,8 @@ def test_real_subs_with_sidecars():
 
 @needs_shared
 def test_two_mass_tiles():
-    frames = [read_frame(path) for path in find_files([SHARED / "m17-2mass"])]
-    assert [(frame.colour, frame.wcs_source, frame.filter) for frame in frames] == [("mono", "header", "k")] * 4
-    assert all(frame.saturation == math.inf and np.isfinite(read_pixels(frame)).all() for frame in frames)
+    for path in find_files([SHARED / "m17-2mass"]):
+        frame = read_frame(path)
+        assert (frame.colour, frame.wcs_source, frame.filter) == ("mono", "header", "k")
+        assert frame.saturation == math.inf
+        np.testing.assert_array_equal(read_pixels(frame), fits.getdata(path))

@@ -261,7 +261,7 @@ def test_a_shallow_pocket_inside_and_a_small_hole_stay():
 
 
 def test_the_edge_is_softened_after_a_coverage_cut_too():
-    cut, _ = coverage_cut(mosaic_of(rosette()), 0.4)
+    cut, _ = coverage_cut(mosaic_of(rosette()), 3.0)
     cleaned, record = altaz_cleanup(cut)
     assert record.n_removed == 0
     assert 0 < np.mean((cleaned.alpha > 0) & (cleaned.alpha < 255)) < 0.3

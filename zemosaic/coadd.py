@@ -116,7 +116,7 @@ def coadd(
             window = window.hull(sub.window)
     channels = len(sky)
     image = np.full((*window.shape, channels), np.nan, np.float32)
-    coverage = np.zeros(window.shape, np.float32)
+    coverage, share = np.zeros(window.shape, np.float32), np.zeros(window.shape, np.float32)
     used, rejected = np.zeros(len(subs), np.int64), np.zeros(len(subs), np.int64)
     sky32 = sky.astype(np.float32)
 
@@ -143,11 +143,12 @@ def coadd(
         at = block.within(window)
         image[at] = result
         coverage[at] = keep.sum(axis=0)
+        share[at] = np.tensordot(np.array([subs[i].weight.mean() for i in who]), keep, axes=1)
         kept = keep.sum(axis=(1, 2))
         used[who] += kept
         rejected[who] += valid.sum(axis=(1, 2)) - kept
     image[coverage == 0] = np.nan
-    tile = Tile(window, image if channels == 3 else image[..., 0], coverage)
+    tile = Tile(window, image if channels == 3 else image[..., 0], coverage, share)
     return Coadd(tile, used, rejected)
 
 

@@ -27,7 +27,6 @@ STAR_TOLERANCE = 0.6
 
 _MODEL_WEIGHT = 10.0  # degrees of freedom that the noise model counts for against the sample's own scatter
 _NETWORK_LIMIT = 32  # up to this many samples a sorting network of whole planes beats a sort per pixel
-_TINY = np.float32(1e-30)
 
 
 @dataclass(frozen=True)
@@ -90,11 +89,12 @@ def combine(
     count = valid.sum(axis=0, dtype=np.int32)
     keep = valid.copy()
     centres = []
-    for samples, noise, level in zip(stack, sigma, sky, strict=True):
+    for samples, noise, share, level in zip(stack, sigma, weight, sky, strict=True):
         ordered = sort_planes(samples, clip.method == "linear_fit_clip")
         centre = median_of(ordered, count)
         centres.append(centre)
         if clip.method != "none" and len(samples) > 1:
+            _settle_pairs(centre, samples, share, valid, count)
             keep &= _belonging(samples, noise, valid, count, ordered, centre, level, clip, len(stack))
     if use_median:
         left = np.where(keep, stack, np.float32(np.nan))
@@ -135,28 +135,48 @@ def _belonging(
     channels: int,
 ) -> NDArray[np.bool_]:
     """Samples of one channel that agree with the median, ``(n, h, w)`` bool; missing ones count as agreeing."""
+    precision = 1 / noise  # (n, 1, 1) or (n, h, w)
     with np.errstate(invalid="ignore"):
-        z = (samples - centre) / noise
+        z = (samples - centre) * precision
     np.copyto(z, 0, where=~valid)
     n = np.maximum(count, 1).astype(np.float32)
-    # The median itself is uncertain by about 1.25 sigma / sqrt(n).
-    limit = 1 + np.float32(1.57) / n
+    excess = np.ones_like(n)
     if clip.method == "winsorized_sigma_clip":
-        limit *= _shrunk(_winsorised_variance(z, n), n)
+        excess = _shrunk(_winsorised_variance(z, n), n)
     elif clip.method == "linear_fit_clip":
         typical = np.sqrt(np.mean(noise**2, axis=0))
-        limit *= _shrunk((_order_slope(ordered, centre, count) / typical) ** 2, n)
+        excess = _shrunk((_order_slope(ordered, centre, count) / typical) ** 2, n)
+    # The median has a variance of its own: pi/2 n / (sum of 1/sigma)^2 for normal samples of unequal noise.
+    total = np.einsum("nhw,nhw->hw", np.broadcast_to(precision, z.shape), valid.astype(np.float32))
+    uncertain = np.float32(np.pi / 2) * n / np.where(total > 0, total, 1) ** 2
     tolerance = (np.float32(STAR_TOLERANCE) * _signal_above(centre, sky)) ** 2
     low, high = (np.float32(_per_channel(kappa, channels) ** 2) for kappa in (clip.low, clip.high))
     agrees = np.empty(z.shape, bool)
-    for i, (sample, spread) in enumerate(zip(z, noise, strict=True)):
-        slack = tolerance / np.maximum(spread**2, _TINY)
-        if low == high:
-            np.less_equal(sample**2, high * limit + slack, out=agrees[i])
-        else:
-            bound = np.where(sample < 0, low, high) * limit + slack
-            np.less_equal(sample**2, bound, out=agrees[i])
+    for i, (sample, root) in enumerate(zip(z, precision, strict=True)):
+        limit = high if low == high else np.where(sample < 0, low, high)
+        bound = limit * excess * (1 + uncertain * root**2) + tolerance * root**2
+        np.less_equal(sample**2, bound, out=agrees[i])
     return agrees
+
+
+def _settle_pairs(
+    centre: FloatImage,
+    samples: FloatImage,
+    weight: FloatImage,
+    valid: NDArray[np.bool_],
+    count: NDArray[np.int32],
+) -> None:
+    """Where there are two samples and one weighs at least twice as much, judge by that one; in place."""
+    pairs = np.nonzero(count == 2)
+    if not pairs[0].size:
+        return
+    here = valid[:, pairs[0], pairs[1]]
+    share = np.where(here, np.broadcast_to(weight, samples.shape)[:, pairs[0], pairs[1]], np.float32(0))
+    heavy = np.argmax(share, axis=0)
+    most = share[heavy, np.arange(heavy.size)]
+    clear = most >= 2 * (share.sum(axis=0) - most)
+    ys, xs = pairs[0][clear], pairs[1][clear]
+    centre[ys, xs] = samples[heavy[clear], ys, xs]
 
 
 def _winsorised_variance(z: FloatImage, n: FloatImage) -> FloatImage:

@@ -7,8 +7,10 @@ never against its peak, which one deep overlap can push far above every panel.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -17,6 +19,8 @@ from zemosaic.tiles import FloatImage, Mosaic
 
 PLATEAU_SHARE = 0.10  # share of the covered sky at one depth that makes this depth a panel, not a ramp
 PLATEAU_WIDTH = 0.10  # relative half width of "one depth"
+SAMPLES = 1_000_000  # pixels that give the typical coverage well enough
+DIP_PX = 15  # width of a dip in the coverage that rejection makes: a trail, a cosmic ray
 MIN_FRAMES = 3.0  # fewer cannot tell which of two disagreeing samples is the bad one
 
 BLOCK = 8  # px; small against nebulae, so that their third difference vanishes, large against the noise
@@ -49,7 +53,11 @@ def typical_coverage(coverage: FloatImage) -> float:
     ValueError
         If no pixel is covered.
     """
-    depth = coverage[coverage > 0]
+    step = max(1, math.isqrt(coverage.size // SAMPLES))
+    depth = coverage[::step, ::step]
+    depth = depth[depth > 0]
+    if not depth.size:  # hardly anything is covered: look at every pixel
+        depth = coverage[coverage > 0]
     if not depth.size:
         raise ValueError("The mosaic has no pixel with data, so it has no typical coverage.")
     level = np.maximum(np.rint(depth), 1).astype(np.int64)
@@ -101,8 +109,12 @@ def coverage_threshold(coverage: FloatImage, keep: float, min_frames: float = MI
     return min(keep * typical, max(min_frames, keep**2 * typical))
 
 
-def coverage_cut(mosaic: Mosaic, keep: float) -> tuple[Mosaic, int]:
-    """Turn the pixels below `coverage_threshold` into "no data" (NaN, coverage 0, alpha 0).
+def coverage_cut(mosaic: Mosaic, threshold: float) -> tuple[Mosaic, int]:
+    """Turn regions of less than `threshold` frames into "no data" (NaN, coverage 0, alpha 0).
+
+    Where rejection took a sample of a satellite's trail or a cosmic ray, the coverage dips over a few
+    pixels. Those dips are filled before judging (a grey closing of `DIP_PX`): a region is cut for how it
+    was exposed, not for what was cleaned out of it.
 
     Returns
     -------
@@ -111,8 +123,8 @@ def coverage_cut(mosaic: Mosaic, keep: float) -> tuple[Mosaic, int]:
     n_removed : int
         Covered pixels that were given up.
     """
-    threshold = coverage_threshold(mosaic.coverage, keep)
-    thin = (mosaic.coverage > 0) & (mosaic.coverage < threshold)
+    exposed = cv2.morphologyEx(mosaic.coverage, cv2.MORPH_CLOSE, np.ones((DIP_PX, DIP_PX), np.uint8))
+    thin = (mosaic.coverage > 0) & (exposed < threshold)
     n_removed = int(np.count_nonzero(thin))
     return (mosaic.without(thin), n_removed) if n_removed else (mosaic, 0)
 
@@ -192,14 +204,15 @@ def two_pass_renorm(
     known = np.isfinite(depth)
     smooth = ndimage.gaussian_filter(np.where(known, depth, 0.0), sigma_px / BLOCK)
     weight = ndimage.gaussian_filter(known.astype(np.float64), sigma_px / BLOCK)
-    smooth = np.divide(smooth, weight, out=np.zeros_like(smooth), where=weight > 1e-6)
+    smooth = np.divide(smooth, weight, out=np.full_like(smooth, np.nan), where=weight > 1e-6)
     ny, nx = mosaic.shape
     smooth = ndimage.zoom(smooth, BLOCK, order=1, mode="nearest", grid_mode=True)
     smooth = np.pad(smooth, ((0, ny - smooth.shape[0]), (0, nx - smooth.shape[1])), mode="edge")
     # Single pixels that lost a sample to rejection are no border: the median takes them out.
     counts = ndimage.median_filter(mosaic.coverage, size=3)
     counts = np.where(counts > 0, counts, np.maximum(mosaic.coverage, 1e-3))
-    gain = np.clip(np.exp(-stats.slope * (np.log(counts) - smooth)), *gain_clip).astype(np.float32)
+    excess = np.nan_to_num(np.log(counts) - smooth)  # 0 on slivers that no measured block is near
+    gain = np.clip(np.exp(-stats.slope * excess), *gain_clip).astype(np.float32)
     covered = gain[mosaic.coverage > 0]
     image = mosaic.image * (gain[..., None] if mosaic.image.ndim == 3 else gain)
     stats = replace(stats, gain_min=float(covered.min()), gain_max=float(covered.max()))

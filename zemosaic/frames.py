@@ -69,18 +69,17 @@ _MAX_UNPACKED = 1 << 32
 
 _PIXEL_TYPES = {8: ">u1", 16: ">i2", 32: ">i4", 64: ">i8", -32: ">f4", -64: ">f8"}
 
-_UNREADABLE = (
-    OSError,
-    EOFError,
+_RICE_OPTIONS = {"BLOCKSIZE": (16, 32), "BYTEPIX": (1, 2, 4)}  # what astropy's decoder is safe with
+
+_UNREADABLE = (OSError, EOFError, ValueError, MemoryError, zlib.error)
+# What astropy raises for tiles that are damaged.
+_UNDECODABLE = (
     ValueError,
     TypeError,
-    KeyError,
-    IndexError,
+    LookupError,
     ArithmeticError,
-    MemoryError,
     RuntimeError,
     struct.error,
-    zlib.error,
     fits.VerifyError,
     CfitsioException,
 )
@@ -98,7 +97,7 @@ class FrameError(Exception):
     """
 
     def __init__(self, message: str, path: Path) -> None:
-        super().__init__(message, path)  # both in args, so that the error survives pickling
+        super().__init__(" ".join(message.split()), path)  # both in args: the error can be pickled
         self.path = path
 
     def __str__(self) -> str:
@@ -268,10 +267,7 @@ def read_pixels(frame: Frame) -> FloatImage:
         if image.shape != frame.shape or (image.channel_axis is not None) != (frame.colour == "rgb"):
             raise HeaderError(f"has changed since its header was read: now {image.axes}; start again")
         stored = _read_exactly(stream, image.offset, image.stored_bytes)
-        if image.tiled:
-            raw = _unpack_tiles(image, stored)
-        else:
-            raw = np.frombuffer(stored, _PIXEL_TYPES[image.bitpix]).reshape(image.axes)
+        raw = _unpack_tiles(image, stored) if image.tiled else np.frombuffer(stored, _PIXEL_TYPES[image.bitpix])
         pixels = _to_adu(raw, image).reshape(image.axes)
     if image.channel_axis is not None:
         return np.ascontiguousarray(np.moveaxis(pixels, image.channel_axis, -1))
@@ -330,7 +326,7 @@ def _named_errors(path: Path) -> Iterator[None]:
     except HeaderError as error:
         raise FrameError(f"the file {error}", path) from error
     except _UNREADABLE as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = str(error) or type(error).__name__
         raise FrameError(f"the file cannot be read ({reason}); copy it again or leave it out", path) from error
 
 
@@ -361,7 +357,8 @@ def _find_image(stream: BinaryIO, room: int) -> _Image:
         stored = _data_bytes(cards)
         if offset + stored > room:
             raise HeaderError(f"is truncated: {stored} bytes of pixels are declared; copy it again")
-        if math.prod(image.axes) * abs(image.bitpix) // 8 > room * (_MAX_EXPANSION if image.tiled else 1):
+        unpacked = math.prod(image.axes) * abs(image.bitpix) // 8
+        if image.tiled and unpacked > min(room * _MAX_EXPANSION, _MAX_UNPACKED):
             raise HeaderError(f"cannot hold the {image.axes} pixels that it declares; leave it out")
         return replace(image, offset=offset, stored_bytes=stored)
     raise HeaderError("holds no 2-D or 3-D image; leave it out")
@@ -493,24 +490,54 @@ def _unpack_tiles(image: _Image, table: bytes) -> NDArray[Any]:
     astropy gets the table alone, under a header made of checked values, so that nothing else that is
     odd in the file can stop it or make it print a warning.
     """
+    cards = _tile_cards(image)
     parts = [
         _header_bytes({"SIMPLE": True, "BITPIX": 8, "NAXIS": 0, "EXTEND": True}),
-        _header_bytes(_tile_cards(image)),
+        _header_bytes(cards),
         table.ljust(-(-len(table) // _BLOCK) * _BLOCK, b"\0"),
     ]
-    with fits.open(io.BytesIO(b"".join(parts)), memmap=False) as hdus:
-        return np.asarray(hdus[1].data)
+    try:
+        if cards["ZCMPTYPE"] in ("HCOMPRESS_1", "PLIO_1"):
+            _check_streams(cards, image.axes, table)
+        with np.errstate(all="ignore"), fits.open(io.BytesIO(b"".join(parts)), memmap=False) as hdus:
+            return np.asarray(hdus[1].data)
+    except _UNDECODABLE as error:
+        raise HeaderError(f"has damaged tiles ({error}); copy it again") from error
+
+
+def _check_streams(cards: Mapping[str, Any], axes: tuple[int, ...], table: bytes) -> None:
+    """Raise ValueError for tiles that claim to be longer than they are: the C decoders believe it, and crash."""
+    tile = [cards[f"ZTILE{n}"] for n in range(len(axes), 0, -1)]
+    grid = [-(-length // step) for length, step in zip(axes, tile, strict=True)]
+    heap = cards.get("THEAP", cards["NAXIS1"] * cards["NAXIS2"])
+    pointer, width = ">i8" if "Q" in cards["TFORM1"] else ">i4", 2 if "I" in cards["TFORM1"] else 1
+    for row in range(math.prod(grid)):
+        count, start = np.frombuffer(table, pointer, 2, row * cards["NAXIS1"]).tolist()
+        stream = table[heap + start : heap + start + width * count]
+        if not count:  # this tile is in another column, gzipped
+            continue
+        if cards["ZCMPTYPE"] == "PLIO_1":
+            words = np.frombuffer(stream, ">i2").tolist()
+            claimed, there = words[2] if words[2] > 0 else (words[4] << 15) + words[3], len(words)
+        else:
+            corner = np.multiply(np.unravel_index(row, grid), tile)
+            claimed = math.prod(struct.unpack_from(">ii", stream, 2))
+            there = math.prod(int(n) for n in np.minimum(tile, np.subtract(axes, corner)))
+        if not 0 < claimed <= there:
+            raise ValueError(f"tile {row} claims {claimed} values of {there}")
 
 
 def _tile_cards(image: _Image) -> dict[str, Value]:
     """The cards that describe tile compression (FITS standard 4.0, section 10.1), each of them checked."""
     cards = image.cards
     columns, axes = _whole(cards, "TFIELDS"), image.axes[::-1]
+    if image.stored_bytes != _whole(cards, "NAXIS1") * _whole(cards, "NAXIS2") + _whole(cards, "PCOUNT"):
+        raise HeaderError("has tiles in a table that is no table of bytes; unpack it with funpack")
     found: dict[str, Value] = {"XTENSION": "BINTABLE", "BITPIX": 8, "NAXIS": 2}
     found |= {key: _whole(cards, key) for key in ("NAXIS1", "NAXIS2", "PCOUNT")}
     found |= {"GCOUNT": 1, "TFIELDS": columns}
     for n in range(1, columns + 1):
-        found[f"TTYPE{n}"] = _word(cards, f"TTYPE{n}", r"\w+")
+        found[f"TTYPE{n}"] = _word(cards, f"TTYPE{n}", r"\w+" if n > 1 else "COMPRESSED_DATA")
         found[f"TFORM{n}"] = _word(cards, f"TFORM{n}", r"1?(?:[PQ][BIJED](?:\(\d+\))?|[BIJKED])")
     found |= {"ZIMAGE": True, "ZBITPIX": image.bitpix, "ZNAXIS": len(axes)}
     for n, length in enumerate(axes, start=1):
@@ -519,8 +546,10 @@ def _tile_cards(image: _Image) -> dict[str, Value]:
     found["ZCMPTYPE"] = _word(cards, "ZCMPTYPE", r"GZIP_[12]|RICE_1|RICE_ONE|PLIO_1|HCOMPRESS_1|NOCOMPRESS")
     for n in range(1, 10):
         if f"ZNAME{n}" in cards:
-            found[f"ZNAME{n}"] = _word(cards, f"ZNAME{n}", r"\w+")
-            found[f"ZVAL{n}"] = int(number(cards, f"ZVAL{n}") or 0)
+            name, value = _word(cards, f"ZNAME{n}", r"\w+").upper(), int(number(cards, f"ZVAL{n}") or 0)
+            if value not in _RICE_OPTIONS.get(name, (value,)):
+                raise HeaderError(f"has tiles with {name} = {value}; unpack it with funpack")
+            found |= {f"ZNAME{n}": name, f"ZVAL{n}": value}
     if "ZQUANTIZ" in cards:
         found["ZQUANTIZ"] = _word(cards, "ZQUANTIZ", r"NONE|NO_DITHER|SUBTRACTIVE_DITHER_[12]")
     return found | {key: _whole(cards, key) for key in ("THEAP", "ZDITHER0", "ZBLANK") if key in cards}

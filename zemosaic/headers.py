@@ -108,7 +108,8 @@ def format_card(key: str, value: Value) -> str:
     if isinstance(value, bool):
         shown = f"{'T' if value else 'F':>20}"
     elif isinstance(value, str):
-        shown = "'" + value.replace("'", "''").ljust(8) + "'"
+        printable = re.sub(r"[^ -~]", " ", value).replace("'", "''")
+        shown = f"'{printable:<8}'"
     else:
         shown = f"{value!r:>20}".upper()
     return f"{key:<8}= {shown}".ljust(CARD_LENGTH)[:CARD_LENGTH]
@@ -376,6 +377,8 @@ def _rotated(scale: list[float], angle: float, *, swapped: bool) -> list[list[fl
 def _wcs_header(cards: Cards, world: tuple[int, int], pixel: tuple[int, int], code: str) -> str:
     """A two-axis FITS header, longitude first, with nothing but the WCS and nothing but valid cards."""
     matrix = _linear(cards, world, pixel)
+    if not np.isfinite(matrix).all():
+        raise HeaderError("has a WCS without a finite scale")
     lines: list[tuple[str, Value]] = [("WCSAXES", 2)]
     for k, (i, j) in enumerate(zip(world, pixel, strict=True)):
         name = text(cards, f"CTYPE{i}").upper()[:5]
@@ -437,7 +440,7 @@ def _check_one_to_one(wcs: WCS, shape: tuple[int, int]) -> None:
     """
     ny, nx = shape
     spots = np.array([[(nx - 1) / 2, (ny - 1) / 2], [0, 0], [nx - 1, 0], [0, ny - 1], [nx - 1, ny - 1]])
-    points = np.concatenate([spots, spots + [1, 0], spots + [0, 1]])
+    points = np.concatenate([spots, np.add(spots, [1, 0]), np.add(spots, [0, 1])])
     with np.errstate(all="ignore"):
         longitude, latitude = np.radians(wcs.all_pix2world(points, 0)).T
         directions = np.stack(

@@ -30,6 +30,7 @@ _GAIN_PRIOR = 0.5  # how far a frame's transparency may lie from its exposure's,
 _COLOUR_PRIOR = 0.05  # how far a channel's transparency may lie from the grey one, ln units
 _PLANE_PRIOR = 0.1  # sky gradient over half a frame, share of the sky
 _ITERATIONS = 8
+_SETTLED = 0.01  # change of the unknowns, in units of a single observation's error, at which iteration ends
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def solve_common(
     scale = 1.0
     for step in range(_ITERATIONS if len(value) else 0):
         w = weight * robust
+        before = unknowns
         unknowns = _solve_reduced(common, columns, design, value, w, prior, prior_sigma)
         fitted = (design * unknowns.reshape(-1)[columns]).sum(axis=1)
         total = np.bincount(common, w)
@@ -103,6 +105,8 @@ def solve_common(
         residual = (value - fitted - centre[common]) * np.sqrt(weight)
         if tied.any():
             scale = max(float(1.4826 * np.median(np.abs(residual[tied]))), 1e-12)
+        if step > 2 and np.abs(unknowns - before).max() < _SETTLED * np.median(sigma):
+            break
         # Huber first, so that a bad start does not throw honest frames out; then Tukey's biweight.
         z = residual / scale
         robust = np.minimum(1, 2 / np.maximum(np.abs(z), 1e-9)) if step < 2 else np.clip(1 - (z / 5) ** 2, 1e-6, 1) ** 2

@@ -116,10 +116,10 @@ def _shrink(mosaic: Mosaic, max_dim: int) -> tuple[FloatImage, NDArray[Any]]:
     return small, cv2.resize(mosaic.alpha, size, interpolation=cv2.INTER_AREA)
 
 
-def _area_mean(plane: FloatImage, size: tuple[int, int]) -> FloatImage:
+def _area_mean(plane: FloatImage, size: tuple[int, int]) -> NDArray[Any]:
     """Mean over the area of each pixel of a smaller image ``(w, h)``; NaN pixels have no weight."""
     total = np.empty((len(plane), size[0]), np.float32)
-    share = np.empty_like(total)
+    share: NDArray[Any] = np.empty_like(total)
     # The rows of a strip get narrower, then all get fewer: no copy of the whole plane is needed.
     for y in range(0, len(plane), STRIP):
         rows = slice(y, y + STRIP)
@@ -128,10 +128,13 @@ def _area_mean(plane: FloatImage, size: tuple[int, int]) -> FloatImage:
         filled = np.where(valid, plane[rows], np.float32(0))
         total[rows] = cv2.resize(filled, narrow, interpolation=cv2.INTER_AREA)
         share[rows] = cv2.resize(valid.astype(np.float32), narrow, interpolation=cv2.INTER_AREA)
-    sums = cv2.resize(total, size, interpolation=cv2.INTER_AREA)
-    shares = cv2.resize(share, size, interpolation=cv2.INTER_AREA)
-    # What is mostly hole stays a hole.
-    return np.where(shares >= 0.5, sums / np.maximum(shares, 0.5), np.float32(np.nan))
+    mean = cv2.resize(total, size, interpolation=cv2.INTER_AREA)
+    del total
+    share = cv2.resize(share, size, interpolation=cv2.INTER_AREA)
+    hole = share < 0.5  # what is mostly hole stays a hole
+    np.divide(mean, share, out=mean, where=~hole)
+    mean[hole] = np.nan
+    return mean
 
 
 def _sample(image: FloatImage, shown: NDArray[np.bool_]) -> FloatImage:

@@ -66,7 +66,7 @@ class ProductFacts:
     fallback : str
         Why a first choice of route was given up; "" if it was not.
     cards : tuple of (keyword, value, comment)
-        More of the run's numbers, the SDS parameters for instance.
+        More of the run's numbers, the SDS parameters for instance; "" and NaN are left out.
     history : tuple of str
         One line for each thing that was done to the image, in order.
     created : astropy.time.Time
@@ -142,26 +142,16 @@ def save_product(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         paths = _reserve(folder, f"{file_name(name)}_{file_name(facts.route)}")
-        wanted = [paths.settings, paths.preview, paths.fits]
         try:
             with _part(paths.fits).open("wb") as stream:
                 _write_fits(stream, mosaic, facts, ledger, tiles)
                 _force(stream)
             picture = preview_rgba(mosaic, **asdict(preview or PreviewSettings()))
-            for path, content in (
-                (paths.preview, encode_png(picture)),
-                (paths.settings, settings_text.encode()),
-            ):
-                with _part(path).open("wb") as stream:
-                    stream.write(content)
-                    _force(stream)
-            for path in wanted:
-                os.replace(_part(path), path)
+            _write(_part(paths.preview), encode_png(picture))
+            _write(_part(paths.settings), settings_text.encode())
+            _publish(paths)
         finally:
-            # Whatever stopped us, Ctrl-C included: without its FITS file there is no product.
-            unwanted = [] if paths.fits.exists() else wanted
-            for path in [*unwanted, *map(_part, wanted)]:
-                path.unlink(missing_ok=True)
+            _tidy(paths)
     except OSError as error:
         raise ProductError(_explain(error, folder, mosaic)) from error
     return paths
@@ -233,6 +223,26 @@ def _part(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
+def _publish(paths: ProductPaths) -> None:
+    for path in (paths.settings, paths.preview, paths.fits):
+        os.replace(_part(path), path)
+
+
+def _tidy(paths: ProductPaths) -> None:
+    """Remove what is only half done; without its FITS file there is no product at all."""
+    for path in (paths.settings, paths.preview):
+        _part(path).unlink(missing_ok=True)
+        if not paths.fits.exists():
+            path.unlink(missing_ok=True)
+    _part(paths.fits).unlink(missing_ok=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(content)
+        _force(stream)
+
+
 def _force(stream: BinaryIO) -> None:
     """Wait until the file is on the disk, so that a rename cannot publish an empty one."""
     stream.flush()
@@ -246,7 +256,7 @@ def _explain(error: OSError, folder: Path, mosaic: Mosaic) -> str:
             f"There is no room left in {folder}: this mosaic takes {needed:.0f} MB. "
             "Free some space or choose another output folder."
         )
-    return f"{error.filename or folder} cannot be written: {error.strerror or error}. Choose another output folder."
+    return f"{error.filename or folder} cannot be written: {error.strerror}. Choose another output folder."
 
 
 def _write_fits(
@@ -289,7 +299,7 @@ def _science_cards(mosaic: Mosaic, facts: ProductFacts, ledger: Ledger) -> fits.
     for keyword, value, comment in cards:
         if keyword in header or not re.fullmatch("[A-Z0-9_-]{1,8}", keyword):
             raise ValueError(f"{keyword!r} is taken or no FITS keyword")
-        if value != "":
+        if value != "" and not (isinstance(value, (float, np.floating)) and not np.isfinite(value)):
             header.append(_card(keyword, value, comment))
     return header
 

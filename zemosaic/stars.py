@@ -120,7 +120,7 @@ def detect(luminance: FloatImage, *, sigma: float = _DETECT_SIGMA, limit: int = 
     Returns
     -------
     Detection
-        Windowed centroids, half-light diameters (= FWHM of a Gaussian) and shapes, in pixels of `luminance`.
+        Centroids, half-light diameters (= FWHM of a Gaussian) and shapes, in pixels of `luminance`.
         Blends, edge sources and sources sharper than any PSF are left out.
     """
     image = np.array(luminance, dtype=np.float32, order="C")  # sep works in place and needs native order
@@ -143,13 +143,11 @@ def detect(luminance: FloatImage, *, sigma: float = _DETECT_SIGMA, limit: int = 
     if not len(found):
         return empty
     radius, bad = sep.flux_radius(image, found["x"], found["y"], np.full(len(found), 8.0), 0.5, subpix=5)
-    x, y, trouble = sep.winpos(image, found["x"], found["y"], np.clip(radius, 0.5, 6.0) / 1.1774)
-    drift = np.hypot(x - found["x"], y - found["y"])
-    good = (bad == 0) & (trouble == 0) & (drift < 2) & ~_sharper_than_light(image, found)
+    good = (bad == 0) & ~_sharper_than_light(image, found)
     a, b = found["a"][good].astype(float), found["b"][good].astype(float)
     return Detection(
-        x[good],
-        y[good],
+        found["x"][good].astype(float),
+        found["y"][good].astype(float),
         found["flux"][good].astype(float),
         2 * radius[good],
         1 - b / a,

@@ -97,20 +97,26 @@ class Tile:
         ``(h, w, 3)`` or ``(h, w)`` float32, ADU, NaN = no data.
     coverage : ndarray
         ``(h, w)`` float32, frames that contributed; 0 exactly where the image has no data.
+    weight : ndarray, optional
+        ``(h, w)`` float32, sum of the weights of those frames, 1 for a typical frame: a frame taken through
+        clouds covers a pixel, but weighs little. The coverage itself if not given.
     """
 
     window: Window
     image: FloatImage
     coverage: FloatImage
+    weight: FloatImage | None = None
 
     def __post_init__(self) -> None:
         _check("tile", self.image, self.coverage)
+        _check("tile", self.image, self.depth)
         if self.coverage.shape != self.window.shape:
             raise ValueError(f"tile arrays {self.coverage.shape} do not fill their window {self.window.shape}")
 
-    def scaled(self, gain: float) -> Tile:
-        """The tile with its image multiplied by `gain`; dtype stays float32."""
-        return replace(self, image=self.image * np.float32(gain))
+    @property
+    def depth(self) -> FloatImage:
+        """`weight`, or the coverage where every frame counts the same."""
+        return self.coverage if self.weight is None else self.weight
 
 
 @dataclass(frozen=True)

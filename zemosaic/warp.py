@@ -159,8 +159,13 @@ def warp_block(
     ny, nx = pixels.shape[:2]
     x, y = positions
     inside = (x >= -0.5) & (x <= nx - 0.5) & (y >= -0.5) & (y <= ny - 0.5)
-    if not inside.any():
+    rows, columns = (np.flatnonzero(inside.any(axis=axis)) for axis in (1, 0))
+    if not rows.size:
         return None
+    out = np.full((*x.shape, 3 if bayer or pixels.ndim == 3 else 1), np.nan, np.float32)
+    # At the edges of a frame much of a block lies outside: only the box that holds the rest is interpolated.
+    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    x, y, inside = x[box], y[box], inside[box]
     margin = _KERNEL_REACH + DEBAYER_MARGIN + 1
     # Even corners keep the phase of the CFA.
     y0 = max(0, int(y[inside].min()) - margin) // 2 * 2
@@ -171,8 +176,9 @@ def warp_block(
     source = debayer(source, bayer) if bayer else np.ascontiguousarray(source)
     # OpenCV rounds positions to 1/32 px; done here, the result cannot depend on where the part was cut out.
     mx, my = ((np.rint(p * 32) / 32 - origin).astype(np.float32) for p, origin in ((x, x0), (y, y0)))
-    out = _interpolate(source, mx, my, edge)
-    out[~inside] = np.nan
+    part = _interpolate(source, mx, my, edge)
+    part[~inside] = np.nan
+    out[box] = part
     return out
 
 
