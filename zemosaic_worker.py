@@ -38,6 +38,7 @@ EXIT_ASKED, EXIT_FALLBACK = 0, 3
 
 _logger = logging.getLogger("zemosaic")
 _MEMORY_SHARE = 0.6  # of the free memory, unless a budget is set
+_RESIDENT_TILES = 3 << 28  # bytes (768 MB): beyond it the system's file cache holds tiles just as well
 
 
 class RunError(Exception):
@@ -147,7 +148,7 @@ def run_hierarchical_mosaic(
     budget = memory_budget(settings)
     scratch = Path(settings.coadd_memmap_dir) if settings.coadd_memmap_dir else None
     try:
-        with one_thread_each(), ArrayStore(budget // 2, scratch) as store:
+        with one_thread_each(), ArrayStore(_resident(settings, budget), scratch) as store:
             job, intake = prepare_job(inputs, settings, events, store, budget, preplan_path_groups)
             route, made, failures = run_routes(routes, job)
             events.phase(9, "save")
@@ -180,6 +181,11 @@ def memory_budget(settings: Settings) -> int:
     if settings.memory_gb:
         return int(settings.memory_gb * 2**30)
     return int(_MEMORY_SHARE * psutil.virtual_memory().available)
+
+
+def _resident(settings: Settings, budget: int) -> int:
+    """Bytes of tiles to keep in memory: half of a budget that was set, else no more than is useful."""
+    return budget // 2 if settings.memory_gb else min(budget // 2, _RESIDENT_TILES)
 
 
 def prepare_job(
@@ -256,14 +262,12 @@ def _sds(job: Job) -> RouteResult:
     )
     outcomes = [Outcome(-1, 0, 0, "no lot took it")] * len(job.subs)
     tiles = []
-    for index, (megatile, median, gain) in enumerate(
-        zip(made.megatiles, made.gains.medians, made.gains.gains, strict=True)
-    ):
-        members = megatile.lot.members
-        for i, used, rejected in zip(members, megatile.used, megatile.rejected, strict=True):
-            outcomes[i] = Outcome(index, used, rejected, megatile.lost.get(i, ""))
-        frames = len(members) - len(megatile.lost)
-        tiles.append(TileRecord(index, megatile.tile.window, frames, median, gain, megatile.seconds))
+    for index, (report, median, gain) in enumerate(zip(made.lots, made.gains.medians, made.gains.gains, strict=True)):
+        members = report.lot.members
+        for i, used, rejected in zip(members, report.used, report.rejected, strict=True):
+            outcomes[i] = Outcome(index, used, rejected, report.lost.get(i, ""))
+        frames = len(members) - len(report.lost)
+        tiles.append(TileRecord(index, report.window, frames, median, gain, report.seconds))
     settings = job.settings
     cards = (
         ("NLOTS", len(tiles), "mega-tiles"),

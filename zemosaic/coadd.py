@@ -20,7 +20,7 @@ from zemosaic.levels import Adjustment
 from zemosaic.tiles import FloatImage, Tile, Window
 from zemosaic.warp import PixelMap, warp_block
 
-_BLOCK_SAMPLES = 3_000_000  # samples of a block's stack: with its temporaries it stays in the outer cache
+_BLOCK_SAMPLES = 1_000_000  # samples of a block's stack: with its temporaries it stays in the outer cache
 _GUARD_SIGMAS = 20.0  # contrast, in units of the noise, from which interpolation is guarded against ringing
 
 
@@ -147,7 +147,6 @@ def coadd(
         kept = keep.sum(axis=(1, 2))
         used[who] += kept
         rejected[who] += valid.sum(axis=(1, 2)) - kept
-    image[coverage == 0] = np.nan
     tile = Tile(window, image if channels == 3 else image[..., 0], coverage, share)
     return Coadd(tile, used, rejected)
 

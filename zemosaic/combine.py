@@ -26,6 +26,7 @@ Rejection = Literal["winsorized_sigma_clip", "kappa_sigma", "linear_fit_clip", "
 STAR_TOLERANCE = 0.6
 
 _MODEL_WEIGHT = 10.0  # degrees of freedom that the noise model counts for against the sample's own scatter
+_EVEN_NOISE = 2.0  # ratio of the largest to the smallest noise up to which a plain median does
 _NETWORK_LIMIT = 32  # up to this many samples a sorting network of whole planes beats a sort per pixel
 
 
@@ -86,22 +87,33 @@ def combine(
     valid = ~np.isnan(stack[0])
     for plane in stack[1:]:
         valid &= ~np.isnan(plane)
+    if len(valid) == 1:
+        return np.moveaxis(np.where(valid, stack[:, 0], np.float32(np.nan)), 0, -1), valid
     count = valid.sum(axis=0, dtype=np.int32)
     keep = valid.copy()
     centres = []
-    for samples, noise, share, level in zip(stack, sigma, weight, sky, strict=True):
-        ordered = sort_planes(samples, clip.method == "linear_fit_clip")
-        centre = median_of(ordered, count)
+    for samples, noise, level in zip(stack, sigma, sky, strict=True):
+        ordered, centre = _ranked(samples, noise, valid, count, clip.method == "linear_fit_clip")
         centres.append(centre)
         if clip.method != "none" and len(samples) > 1:
-            _settle_pairs(centre, samples, share, valid, count)
             keep &= _belonging(samples, noise, valid, count, ordered, centre, level, clip, len(stack))
     if use_median:
-        left = np.where(keep, stack, np.float32(np.nan))
         count = keep.sum(axis=0, dtype=np.int32)
-        return np.stack([median_of(sort_planes(samples), count) for samples in left], axis=-1), keep
+        pairs = zip(stack, sigma, strict=True)
+        return np.stack([_ranked(samples, noise, keep, count, False)[1] for samples, noise in pairs], axis=-1), keep
     parts = zip(stack, weight, centres, strict=True)
     return np.stack([_mean(samples, w, centre, keep) for samples, w, centre in parts], axis=-1), keep
+
+
+def _ranked(
+    samples: FloatImage, noise: FloatImage, valid: NDArray[np.bool_], count: NDArray[np.int32], whole: bool
+) -> tuple[FloatImage, FloatImage]:
+    """Samples of one channel in order, and their median: weighted by 1/sigma where their noise differs much."""
+    even = float(noise.max()) <= _EVEN_NOISE * float(noise.min())
+    if even:
+        ordered = sort_planes(np.where(valid, samples, np.float32(np.inf)), whole)
+        return ordered, median_of(ordered, count)
+    return weighted_median(samples, noise, valid)
 
 
 def _mean(samples: FloatImage, weight: FloatImage, centre: FloatImage, keep: NDArray[np.bool_]) -> FloatImage:
@@ -135,7 +147,7 @@ def _belonging(
     channels: int,
 ) -> NDArray[np.bool_]:
     """Samples of one channel that agree with the median, ``(n, h, w)`` bool; missing ones count as agreeing."""
-    precision = 1 / noise  # (n, 1, 1) or (n, h, w)
+    precision = np.float32(1) / noise  # (n, 1, 1) or (n, h, w)
     with np.errstate(invalid="ignore"):
         z = (samples - centre) * precision
     np.copyto(z, 0, where=~valid)
@@ -146,9 +158,9 @@ def _belonging(
     elif clip.method == "linear_fit_clip":
         typical = np.sqrt(np.mean(noise**2, axis=0))
         excess = _shrunk((_order_slope(ordered, centre, count) / typical) ** 2, n)
-    # The median has a variance of its own: pi/2 n / (sum of 1/sigma)^2 for normal samples of unequal noise.
-    total = np.einsum("nhw,nhw->hw", np.broadcast_to(precision, z.shape), valid.astype(np.float32))
-    uncertain = np.float32(np.pi / 2) * n / np.where(total > 0, total, 1) ** 2
+    # The median has a variance of its own: pi/2 over the sum of 1/sigma^2 for normal samples.
+    total = np.einsum("nhw,nhw->hw", np.broadcast_to(precision**2, z.shape), valid.astype(np.float32))
+    uncertain = np.float32(np.pi / 2) / np.where(total > 0, total, 1)
     tolerance = (np.float32(STAR_TOLERANCE) * _signal_above(centre, sky)) ** 2
     low, high = (np.float32(_per_channel(kappa, channels) ** 2) for kappa in (clip.low, clip.high))
     agrees = np.empty(z.shape, bool)
@@ -159,29 +171,9 @@ def _belonging(
     return agrees
 
 
-def _settle_pairs(
-    centre: FloatImage,
-    samples: FloatImage,
-    weight: FloatImage,
-    valid: NDArray[np.bool_],
-    count: NDArray[np.int32],
-) -> None:
-    """Where there are two samples and one weighs at least twice as much, judge by that one; in place."""
-    pairs = np.nonzero(count == 2)
-    if not pairs[0].size:
-        return
-    here = valid[:, pairs[0], pairs[1]]
-    share = np.where(here, np.broadcast_to(weight, samples.shape)[:, pairs[0], pairs[1]], np.float32(0))
-    heavy = np.argmax(share, axis=0)
-    most = share[heavy, np.arange(heavy.size)]
-    clear = most >= 2 * (share.sum(axis=0) - most)
-    ys, xs = pairs[0][clear], pairs[1][clear]
-    centre[ys, xs] = samples[heavy[clear], ys, xs]
-
-
 def _winsorised_variance(z: FloatImage, n: FloatImage) -> FloatImage:
     """Variance of samples clamped at 1.5 sigma, times 1.134² for what clamping takes off a normal distribution."""
-    clamped = np.clip(z, -1.5, 1.5)
+    clamped: FloatImage = np.clip(z, np.float32(-1.5), np.float32(1.5))
     mean = clamped.sum(axis=0) / n
     square = np.einsum("nhw,nhw->hw", clamped, clamped) / n
     return np.float32(1.134**2) * (square - mean**2) * n / np.maximum(n - 1, 1)
@@ -214,17 +206,17 @@ def _signal_above(centre: FloatImage, sky: np.float32) -> FloatImage:
     return cv2.dilate(np.maximum(above, 0), np.ones((3, 3), np.uint8)).astype(np.float32, copy=False)
 
 
+@cache
 def _per_channel(kappa: float, channels: int) -> float:
     """Threshold per channel that loses as many honest samples in all channels as `kappa` does in one (Sidak)."""
     return float(norm.isf((1 - (1 - 2 * norm.sf(kappa)) ** (1 / channels)) / 2))
 
 
-def sort_planes(samples: FloatImage, whole: bool = False) -> FloatImage:
-    """Sort ``(n, h, w)`` along axis 0, missing samples (NaN) last as +inf.
+def sort_planes(filled: FloatImage, whole: bool = False) -> FloatImage:
+    """Sort ``(n, h, w)`` along axis 0 in place; missing samples are +inf and so come last.
 
     Unless `whole`, only the ranks up to the middle are in place: a median needs no more.
     """
-    filled = np.where(np.isnan(samples), np.float32(np.inf), samples)
     n = len(filled)
     if n > _NETWORK_LIMIT:
         return np.sort(filled, axis=0)
@@ -289,3 +281,45 @@ def median_of(ordered: FloatImage, count: NDArray[np.int32]) -> FloatImage:
         np.add(middle, ordered[rank] * np.float32(0.5), out=middle, where=first)
         np.add(middle, ordered[rank] * np.float32(0.5), out=middle, where=second)
     return middle
+
+
+def weighted_median(samples: FloatImage, noise: FloatImage, valid: NDArray[np.bool_]) -> tuple[FloatImage, FloatImage]:
+    """Samples in order, and their median weighted by 1/sigma: one deep sample outweighs two shallow ones.
+
+    Parameters
+    ----------
+    samples : ndarray
+        ``(n, h, w)``.
+    noise : ndarray
+        ``(n, 1, 1)`` or ``(n, h, w)``.
+    valid : ndarray
+        ``(n, h, w)`` bool.
+
+    Returns
+    -------
+    ordered : ndarray
+        ``(n, h, w)``, +inf where there is no sample.
+    median : ndarray
+        ``(h, w)``, NaN where there is none; the lower of two where both fit.
+    """
+    filled = np.where(valid, samples, np.float32(np.inf))
+    share = np.where(valid, np.float32(1) / noise, np.float32(0))
+    n = len(filled)
+    if n > _NETWORK_LIMIT:
+        order = np.argsort(filled, axis=0, kind="stable")
+        filled, share = np.take_along_axis(filled, order, axis=0), np.take_along_axis(share, order, axis=0)
+    else:
+        for i, j in _network(n, n):
+            swap = filled[i] > filled[j]
+            filled[i], filled[j] = np.minimum(filled[i], filled[j]), np.maximum(filled[i], filled[j])
+            moved = (share[j] - share[i]) * swap
+            share[i] += moved
+            share[j] -= moved
+    half = share.sum(axis=0) * np.float32(0.5 - 1e-5)
+    median = np.full(half.shape, np.nan, np.float32)
+    below = np.zeros_like(half)
+    for plane, part in zip(filled, share, strict=True):
+        before = below < half
+        below += part
+        np.copyto(median, plane, where=before & (below >= half))
+    return filled, median

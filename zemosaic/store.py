@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ class ArrayStore:
         self._held = 0
         self._lock = threading.Lock()
         self._files: tempfile.TemporaryDirectory[str] | None = None
-        self._count = 0
+        self._mapped: list[np.memmap] = []
 
     def keep(self, array: NDArray[Scalar]) -> NDArray[Scalar]:
         """The array itself while the budget lasts, else a memory-mapped copy of it.
@@ -48,12 +49,24 @@ class ArrayStore:
                 return array
             if self._files is None:
                 self._files = tempfile.TemporaryDirectory(prefix="zemosaic-", dir=self._folder)
-            self._count += 1
-            path = Path(self._files.name) / f"{self._count:06d}.npy"
-        copy = np.lib.format.open_memmap(path, mode="w+", dtype=array.dtype, shape=array.shape)
+            path = Path(self._files.name) / f"{len(self._mapped):06d}.npy"
+            copy = np.lib.format.open_memmap(path, mode="w+", dtype=array.dtype, shape=array.shape)
+            self._mapped.append(copy)
         copy[...] = array
-        copy.flush()
         return copy
+
+    def release(self) -> None:
+        """Let go of the memory that mapped arrays occupy for now; they are read back when they are looked at."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return  # not on this system, which then decides by itself
+        for array in self._mapped:
+            mapping = array._mmap  # type: ignore[attr-defined]
+            mapping.madvise(mmap.MADV_DONTNEED)
+
+    def clear(self) -> None:
+        """Forget all arrays: the caller has let go of them."""
+        self.close()
+        self._held = 0
 
     @contextmanager
     def scratch(self) -> Iterator[ArrayStore]:
@@ -66,6 +79,7 @@ class ArrayStore:
 
     def close(self) -> None:
         """Remove the scratch files."""
+        self._mapped.clear()
         if self._files is not None:
             self._files.cleanup()
             self._files = None
