@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -158,7 +158,7 @@ def assemble_global_mosaic_sds(
         raise SdsError("no lot has a frame that can be used")
     tiles, reports = [tile for tile, _ in built], tuple(report for _, report in built)
     events.phase(6, "gains")
-    gains = renormalise_gains(tiles, settings.sds_gain_scope)
+    gains = renormalise_gains(tiles, settings.sds_gain_scope, store.release)
     _report_gains(gains, events)
     events.phase(7, "stack")
     mosaic = stack_megatiles(tiles, gains.gains, canvas, sky, settings, events, store, workers=workers)
@@ -338,7 +338,7 @@ def choose_reference(tiles: Sequence[Tile]) -> int:
     return int(np.argmin(np.linalg.norm(middles - np.median(middles, axis=0), axis=1)))
 
 
-def renormalise_gains(tiles: Sequence[Tile], scope: str = "shared") -> Gains:
+def renormalise_gains(tiles: Sequence[Tile], scope: str = "shared", rest: Callable[[], None] = lambda: None) -> Gains:
     """Gain of every mega-tile against the reference: ``gain_ref = 1``, ``gain_i = median_ref / median_i``.
 
     Parameters
@@ -349,6 +349,8 @@ def renormalise_gains(tiles: Sequence[Tile], scope: str = "shared") -> Gains:
         ``shared`` takes both medians over the pixels two tiles share and carries gains through the overlaps
         to tiles that do not touch the reference; ``tile`` compares the medians of whole tiles, which
         mistakes a brighter sky or a nebula for a gain. A tile without overlap gets the latter.
+    rest : callable
+        Called after every tile that was looked at: lets go of memory-mapped arrays.
 
     Returns
     -------
@@ -356,13 +358,16 @@ def renormalise_gains(tiles: Sequence[Tile], scope: str = "shared") -> Gains:
         Finite and positive; what cannot be computed is 1 and listed.
     """
     reference = choose_reference(tiles)
-    medians = [_tile_median(t) for t in tiles]
+    medians = []
+    for tile in tiles:
+        medians.append(_tile_median(tile))
+        rest()
     with np.errstate(divide="ignore", invalid="ignore"):
         gains = np.float64(medians[reference]) / np.array(medians)
     solved = {reference}
     if scope == "shared":
         gains[reference] = 1.0
-        solved = _carry_gains(tiles, reference, gains)
+        solved = _carry_gains(tiles, reference, gains, rest)
     isolated = tuple(i for i in range(len(tiles)) if i not in solved) if scope == "shared" else ()
     gains[reference] = 1.0
     bad = ~(np.isfinite(gains) & (gains > 0))
@@ -370,9 +375,14 @@ def renormalise_gains(tiles: Sequence[Tile], scope: str = "shared") -> Gains:
     return Gains(reference, tuple(medians), tuple(gains.tolist()), tuple(np.flatnonzero(bad).tolist()), isolated)
 
 
-def _carry_gains(tiles: Sequence[Tile], reference: int, gains: NDArray[np.float64]) -> set[int]:
+def _carry_gains(
+    tiles: Sequence[Tile], reference: int, gains: NDArray[np.float64], rest: Callable[[], None]
+) -> set[int]:
     """Fill in `gains` outwards from the reference through shared pixels; returns the tiles that were reached."""
-    shared = np.array([[_shared_cells(a, b) for b in tiles] for a in tiles])
+    step = 8 if min(min(tile.window.shape) for tile in tiles) > 64 else 1
+    masks = [_coarse_mask(tile, step) for tile in tiles]
+    rest()
+    shared = np.array([[_shared_cells(a, b) for b in masks] for a in masks])
     solved = {reference}
     while True:
         open_tiles = [i for i in range(len(tiles)) if i not in solved]
@@ -385,6 +395,7 @@ def _carry_gains(tiles: Sequence[Tile], reference: int, gains: NDArray[np.float6
         logs, weights = [], []
         for j in against:
             theirs, own, pixels = shared_medians(tiles[j], tiles[i])
+            rest()
             if pixels >= _MIN_SHARED and theirs > 0 and own > 0:
                 logs.append(np.log(gains[j] * theirs / own))
                 weights.append(pixels)
@@ -422,14 +433,19 @@ def _box_means(image: FloatImage, side: int) -> FloatImage:
     return cv2.resize(image[: ny * side, : nx * side], (nx, ny), interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
 
 
-def _shared_cells(a: Tile, b: Tile) -> int:
-    """Rough number of shared pixels, from every 8th one of large tiles."""
-    box = a.window.intersect(b.window)
-    if not box.area:
-        return 0
-    step = 8 if min(box.shape) > 64 else 1
-    both = [t.coverage[box.within(t.window)][::step, ::step] > 0 for t in (a, b)]
-    return int((both[0] & both[1]).sum()) * step**2
+def _coarse_mask(tile: Tile, step: int) -> tuple[Window, NDArray[np.bool_]]:
+    """Covered pixels of every `step`-th row and column of the canvas, and their window in steps."""
+    box = tile.window
+    y, x = -box.y0 % step, -box.x0 % step
+    mask = tile.coverage[y::step, x::step] > 0
+    y0, x0 = (box.y0 + y) // step, (box.x0 + x) // step
+    return Window(y0, y0 + mask.shape[0], x0, x0 + mask.shape[1]), mask
+
+
+def _shared_cells(a: tuple[Window, NDArray[np.bool_]], b: tuple[Window, NDArray[np.bool_]]) -> int:
+    """Number of cells of two coarse masks that both are covered."""
+    box = a[0].intersect(b[0])
+    return int((a[1][box.within(a[0])] & b[1][box.within(b[0])]).sum()) if box.area else 0
 
 
 def _tile_median(tile: Tile) -> float:
@@ -539,8 +555,9 @@ def _layer(
 
 def _unit_noise(tile: Tile) -> NDArray[np.float64]:
     """Noise ``(C,)`` of a typical frame in this tile: pixel differences times the root of the weight."""
-    root = np.sqrt(tile.depth)
-    image = tile.image if tile.image.ndim == 3 else tile.image[..., None]
+    rows = slice(None, None, max(1, tile.window.shape[0] // 128))
+    image, root = tile.image[rows], np.sqrt(tile.depth[rows])
+    image = image if image.ndim == 3 else image[..., None]
     noise = np.array([plane_noise(image[..., c] * root) for c in range(image.shape[2])])
     return np.where(noise > 0, noise, 1e-6)
 

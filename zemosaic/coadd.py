@@ -160,18 +160,18 @@ def warp_stack(subs: Sequence[Sub], pixels: Sequence[FloatImage], block: Window)
         if not box.area:
             continue
         edge = _GUARD_SIGMAS * float(np.max(sub.noise / sub.adjustment.gain))
-        layer = warp_block(data, sub.frame.bayer, sub.pixel_map.block(box), edge)
-        if layer is None:
+        warped = warp_block(data, sub.frame.bayer, sub.pixel_map.block(box), edge)
+        if warped is None:
             continue
-        layers.append((layer, box))
+        layer, (ys, xs) = warped
+        layers.append((layer, Window(box.y0 + ys.start, box.y0 + ys.stop, box.x0 + xs.start, box.x0 + xs.stop)))
         who.append(i)
     if not layers:
         return np.zeros((0, 0, *block.shape), np.float32), who
     stack = np.full((layers[0][0].shape[2], len(layers), *block.shape), np.nan, np.float32)
     for k, (i, (layer, box)) in enumerate(zip(who, layers, strict=True)):
         ys, xs = box.within(block)
-        part = stack[:, k, ys, xs]
-        subs[i].adjustment.apply(np.moveaxis(layer, 2, 0), box, part)
+        subs[i].adjustment.apply(np.moveaxis(layer, 2, 0), box, stack[:, k, ys, xs])
     return stack, who
 
 

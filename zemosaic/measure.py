@@ -23,7 +23,7 @@ from zemosaic.stars import (
 )
 from zemosaic.tiles import FloatImage
 
-_SKY_BLOCKS = 40  # sky samples along the shorter side of a frame
+_SKY_BLOCKS = 32  # sky samples along the shorter side of a frame
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ def warp_block(
     bayer: str | None,
     positions: tuple[NDArray[np.float64], NDArray[np.float64]],
     edge: float,
-) -> FloatImage | None:
+) -> tuple[FloatImage, tuple[slice, slice]] | None:
     """Colour of a frame at the given positions: debayer just the part that is needed, then interpolate once.
 
     Parameters
@@ -146,9 +146,12 @@ def warp_block(
 
     Returns
     -------
-    ndarray or None
-        ``(h, w, C)`` float32, NaN outside the frame and where a kernel would touch missing data;
-        None if no position lies on the frame.
+    part : ndarray
+        ``(h', w', C)`` float32, NaN outside the frame and where a kernel would touch missing data.
+    box : tuple of slice
+        The rows and columns of the positions that `part` stands for: at the edges of a frame much of a block
+        lies outside, and only the box that holds the rest is interpolated. None in place of both if no
+        position lies on the frame.
 
     Notes
     -----
@@ -162,8 +165,6 @@ def warp_block(
     rows, columns = (np.flatnonzero(inside.any(axis=axis)) for axis in (1, 0))
     if not rows.size:
         return None
-    out = np.full((*x.shape, 3 if bayer or pixels.ndim == 3 else 1), np.nan, np.float32)
-    # At the edges of a frame much of a block lies outside: only the box that holds the rest is interpolated.
     box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     x, y, inside = x[box], y[box], inside[box]
     margin = _KERNEL_REACH + DEBAYER_MARGIN + 1
@@ -178,15 +179,14 @@ def warp_block(
     mx, my = ((np.rint(p * 32) / 32 - origin).astype(np.float32) for p, origin in ((x, x0), (y, y0)))
     part = _interpolate(source, mx, my, edge)
     part[~inside] = np.nan
-    out[box] = part
-    return out
+    return part, box
 
 
 def _interpolate(source: FloatImage, mx: FloatImage, my: FloatImage, edge: float) -> FloatImage:
     """Guarded Lanczos-4 of ``(h, w)`` or ``(h, w, 3)`` at the given float32 positions → ``(h', w', C)``."""
-    holes = np.isnan(source)
-    damaged = bool(holes.any())
+    damaged = bool(np.isnan(source.min()))
     if damaged:
+        holes = np.isnan(source)
         source = np.where(holes, np.float32(np.nanmedian(source)) if not holes.all() else np.float32(0), source)
     out = cv2.remap(source, mx, my, cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REFLECT_101)
     low, high = cv2.erode(source, _BOX), cv2.dilate(source, _BOX)
