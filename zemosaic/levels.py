@@ -26,8 +26,8 @@ Ints = NDArray[np.int64]
 
 _DENSE_LIMIT = 3000  # unknowns up to which a dense Cholesky beats a sparse factorisation
 _STAR_FLOOR = 0.01  # magnitude-like floor of a single flux: sampling, flat field, seeing
-_GAIN_PRIOR = 0.5  # how far a frame's transparency may lie from its exposure's, ln units
-_COLOUR_PRIOR = 0.05  # how far a channel's transparency may lie from the grey one, ln units
+_GAIN_PRIOR = 0.15  # how far a frame's transparency may lie from what its exposure says, ln units
+_COLOUR_PRIOR = 0.02  # how far a channel's transparency may lie from the grey one, ln units
 _PLANE_PRIOR = 0.1  # sky gradient over half a frame, share of the sky
 _ITERATIONS = 8
 _SETTLED = 0.01  # change of the unknowns, in units of a single observation's error, at which iteration ends
