@@ -95,7 +95,9 @@ def test_what_stands_out_in_one_channel_goes_in_all():
     assert not keep[1, TRAIL].any()
     rest = np.delete(stack, 1, axis=1)[0, :, TRAIL]
     everything_else_kept = np.delete(keep, 1, axis=0)[:, TRAIL].all(axis=0)
-    np.testing.assert_allclose(image[TRAIL, :, 0][everything_else_kept], rest.mean(axis=0)[everything_else_kept], rtol=1e-6)
+    np.testing.assert_allclose(
+        image[TRAIL, :, 0][everything_else_kept], rest.mean(axis=0)[everything_else_kept], rtol=1e-6
+    )
 
 
 # --- honest samples stay ---------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def measure_frame(
         repairs=repairs,
         stars=stars,
         detected=len(found.x),
-        fwhm=2 * float(np.median(found.fwhm)) if len(found.x) else float("nan"),
+        fwhm=2 * found.typical_fwhm(),
         ellipticity=float(np.median(found.ellipticity)) if len(found.x) else float("nan"),
         trailing=_trailing(found),
         sky=np.array([_median(blocks[..., c]) for c in range(len(planes))]),

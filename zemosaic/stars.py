@@ -18,6 +18,9 @@ from zemosaic.tiles import FloatImage
 
 _MAX_STARS = 400  # brightest detections that are measured
 _DETECT_SIGMA = 5.0
+_COMPANY = (0.01, 0.05, 0.25)  # flux of a neighbour that is tolerated, share of the star's own
+_ENOUGH = 30  # clean stars that are enough
+_ALONE_CELLS = 10.0  # distance of the next source from which a width is not spoilt by it
 _BACKGROUND_CELLS = 32  # size of the background mesh, 2x2 cells
 
 
@@ -103,6 +106,14 @@ class Detection:
     fwhm: NDArray[np.float64]
     ellipticity: NDArray[np.float64]
     angle: NDArray[np.float64]
+
+    def typical_fwhm(self) -> float:
+        """Median width of the sources that stand alone (of all, if fewer than five do); NaN without any."""
+        if not len(self.x):
+            return float("nan")
+        points = np.c_[self.x, self.y]
+        apart = cKDTree(points).query(points, k=2)[0][:, 1] > _ALONE_CELLS
+        return float(np.median(self.fwhm[apart] if apart.sum() >= 5 else self.fwhm))
 
 
 def detect(luminance: FloatImage, *, sigma: float = _DETECT_SIGMA, limit: int = _MAX_STARS) -> Detection:
@@ -242,13 +253,22 @@ def photometry(
 
 
 def _isolated(detection: Detection, inside: NDArray[np.bool_], aperture: Aperture) -> NDArray[np.bool_]:
-    """No detected neighbour with more than 1 % of the flux near enough to reach into the aperture."""
+    """No detected neighbour of more than a small share of the flux near enough to reach into the aperture.
+
+    In a crowded field hardly any star passes; there more company is allowed, step by step: all frames see the same
+    neighbours, so that what they add is much the same in each.
+    """
     points = np.c_[detection.x, detection.y]
-    pairs = cKDTree(points).query_pairs((aperture.radius + aperture.inner) / 4 * 2, output_type="ndarray")
-    crowded = np.zeros(len(points), bool)
-    for a, b in (pairs.T, pairs.T[::-1]):
-        np.logical_or.at(crowded, a, detection.flux[b] > 0.01 * detection.flux[a])
-    return ~crowded[inside]
+    pairs = cKDTree(points).query_pairs((aperture.radius + aperture.inner) / 2, output_type="ndarray")
+    alone = inside
+    for share in _COMPANY:
+        crowded = np.zeros(len(points), bool)
+        for a, b in (pairs.T, pairs.T[::-1]):
+            np.logical_or.at(crowded, a, detection.flux[b] > share * detection.flux[a])
+        alone = inside & ~crowded
+        if np.count_nonzero(alone) >= _ENOUGH:
+            break
+    return alone[inside]
 
 
 def plane_noise(plane: FloatImage) -> float:
