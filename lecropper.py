@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from zemosaic.coverage import coverage_threshold
+from zemosaic.coverage import coverage_cut, coverage_threshold, two_pass_renorm
+from zemosaic.events import Events, render
+from zemosaic.settings import Settings
 from zemosaic.tiles import FloatImage, Mosaic, Window
 from zequalitymt import LEVEL_FLOOR, NOISE_FLOOR, centre_and_scatter, noise_and_level, photon_allowance
 
@@ -65,6 +67,70 @@ class AutoCrop:
 
     window: Window
     n_removed: int
+
+
+def polish(mosaic: Mosaic, settings: Settings, events: Events, *, keep: float) -> tuple[Mosaic, tuple[str, ...]]:
+    """Coverage cut → two-pass renormalisation → quality crop → alt-az clean-up → autocrop, as switched on.
+
+    Every step takes the whole mosaic, so image, coverage, alpha and WCS stay in step.
+
+    Parameters
+    ----------
+    mosaic : Mosaic
+        As it was stacked.
+    settings : Settings
+        Which steps, and how.
+    events : Events
+        Is told what every step removed.
+    keep : float
+        Coverage to keep, share of the typical one (`zemosaic.coverage.coverage_threshold`); 0 = no cut.
+
+    Returns
+    -------
+    mosaic : Mosaic
+        Polished.
+    history : tuple of str
+        One line per step that was run.
+    """
+    history = []
+
+    def note(key: str, **values: float) -> None:
+        events.info(key, **values)
+        history.append(render(key, values))
+
+    if keep > 0:
+        limit = coverage_threshold(mosaic.coverage, keep)
+        mosaic, removed = coverage_cut(mosaic, limit)
+        note("polish_coverage_cut", n=removed, limit=limit)
+    if settings.two_pass_coverage_renorm:
+        mosaic, stats = two_pass_renorm(mosaic, settings.two_pass_cov_sigma_px, settings.two_pass_cov_gain_clip)
+        note("polish_two_pass", min=stats.gain_min, max=stats.gain_max)
+    if settings.quality_crop_enabled:
+        mosaic, crop = quality_crop(
+            mosaic,
+            settings.quality_crop_band_px,
+            settings.quality_crop_k_sigma,
+            settings.quality_crop_margin_px,
+            settings.quality_crop_min_run,
+            settings.crop_follow_signal,
+        )
+        note("polish_quality_crop", n=crop.n_removed)
+    if settings.altaz_cleanup_enabled:
+        mosaic, cleanup = altaz_cleanup(
+            mosaic,
+            settings.altaz_margin_percent,
+            settings.altaz_decay,
+            settings.altaz_nanize,
+            settings.altaz_min_coverage_abs,
+            settings.altaz_min_coverage_frac,
+            settings.altaz_morph_open_px,
+        )
+        note("polish_altaz_cleanup", n=cleanup.n_removed)
+    if settings.global_wcs_autocrop_enabled:
+        mosaic, cut = autocrop(mosaic, settings.global_wcs_autocrop_margin_px)
+        box = cut.window
+        note("polish_autocrop", width=mosaic.shape[1], height=mosaic.shape[0], x0=box.x0, y0=box.y0)
+    return mosaic, tuple(history)
 
 
 def quality_crop(

@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 import lecropper
 from zemosaic.calibrate import Calibration, prepare
 from zemosaic.canvas import Canvas
-from zemosaic.coadd import Coadd, Sub, block_side, coadd
+from zemosaic.coadd import Coadd, Sub, block_side, coadd, deepest
 from zemosaic.combine import Clip, combine
-from zemosaic.coverage import coverage_cut, coverage_threshold, two_pass_renorm
-from zemosaic.events import Events, render
+from zemosaic.events import Events
 from zemosaic.execute import thread_map
 from zemosaic.frames import FrameError
 from zemosaic.settings import Settings
@@ -524,7 +523,7 @@ def stack_megatiles(
         depth = np.einsum("nhw,nhw->hw", keep, np.stack([layer[3] for layer in layers]))
         return block, result[inner], depth[inner]
 
-    blocks = list(Window.of_shape(canvas.shape).blocks(block_side(len(tiles), channels)))
+    blocks = list(Window.of_shape(canvas.shape).blocks(block_side(deepest([t.window for t in tiles]), channels)))
     for done, made in enumerate(thread_map(work, blocks, workers), start=1):
         if made is not None:
             block, result, depth = made
@@ -577,41 +576,4 @@ def polish(mosaic: Mosaic, settings: Settings, events: Events) -> tuple[Mosaic, 
     history : tuple of str
         One line per step that was run.
     """
-    history = []
-
-    def note(key: str, **values: float) -> None:
-        events.info(key, **values)
-        history.append(render(key, values))
-
-    limit = coverage_threshold(mosaic.coverage, settings.sds_min_coverage_keep)
-    mosaic, removed = coverage_cut(mosaic, limit)
-    note("sds_coverage_cut", n=removed, limit=limit)
-    if settings.two_pass_coverage_renorm:
-        mosaic, stats = two_pass_renorm(mosaic, settings.two_pass_cov_sigma_px, settings.two_pass_cov_gain_clip)
-        note("sds_two_pass", min=stats.gain_min, max=stats.gain_max)
-    if settings.quality_crop_enabled:
-        mosaic, crop = lecropper.quality_crop(
-            mosaic,
-            settings.quality_crop_band_px,
-            settings.quality_crop_k_sigma,
-            settings.quality_crop_margin_px,
-            settings.quality_crop_min_run,
-            settings.crop_follow_signal,
-        )
-        note("sds_quality_crop", n=crop.n_removed)
-    if settings.altaz_cleanup_enabled:
-        mosaic, cleanup = lecropper.altaz_cleanup(
-            mosaic,
-            settings.altaz_margin_percent,
-            settings.altaz_decay,
-            settings.altaz_nanize,
-            settings.altaz_min_coverage_abs,
-            settings.altaz_min_coverage_frac,
-            settings.altaz_morph_open_px,
-        )
-        note("sds_altaz_cleanup", n=cleanup.n_removed)
-    if settings.global_wcs_autocrop_enabled:
-        mosaic, cut = lecropper.autocrop(mosaic, settings.global_wcs_autocrop_margin_px)
-        box = cut.window
-        note("sds_autocrop", width=mosaic.shape[1], height=mosaic.shape[0], x0=box.x0, y0=box.y0)
-    return mosaic, tuple(history)
+    return lecropper.polish(mosaic, settings, events, keep=settings.sds_min_coverage_keep)

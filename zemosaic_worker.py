@@ -10,31 +10,39 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import psutil
 
+import lecropper
 from zemosaic import intake as steps
-from zemosaic.calibrate import Calibration, load_calibration
+from zemosaic.assembly import assemble
+from zemosaic.calibrate import Calibration, load_calibration, prepare
 from zemosaic.canvas import Canvas, CanvasError
-from zemosaic.coadd import Sub
+from zemosaic.cluster import cluster_frames
+from zemosaic.coadd import Coadd, Sub, coadd
+from zemosaic.combine import Clip
 from zemosaic.events import Cancelled, Event, Events, render
-from zemosaic.execute import one_thread_each, worker_count
+from zemosaic.execute import one_thread_each, thread_map, worker_count
 from zemosaic.frames import FrameError
 from zemosaic.intake import Intake
 from zemosaic.ledger import FrameRecord, Ledger, LedgerError, TileRecord
+from zemosaic.mastertile import TilePixels, read_master_tile, save_master_tile
 from zemosaic.photometry import Photometry
 from zemosaic.preview import PreviewSettings
 from zemosaic.product import ProductError, ProductFacts, save_product
 from zemosaic.settings import Settings, settings_toml
 from zemosaic.store import ArrayStore
-from zemosaic.tiles import Mosaic
-from zequalitymt import FrameMetrics, gate_frames
+from zemosaic.tiles import FloatImage, Mosaic, Tile, Window, alpha_of
+from zequalitymt import FrameMetrics, gate_frames, tile_gate, tile_metrics
 
 EXIT_ASKED, EXIT_FALLBACK = 0, 3
+
+#: Share of the typical coverage that the classic routes keep; SDS has a setting of its own.
+CLASSIC_KEEP = 0.4
 
 _logger = logging.getLogger("zemosaic")
 _MEMORY_SHARE = 0.6  # of the free memory, unless a budget is set
@@ -82,6 +90,7 @@ class Job:
     events: Events
     store: ArrayStore
     workers: int
+    output_folder: Path
     preplan_path_groups: Sequence[Sequence[Path]] | None
 
 
@@ -144,12 +153,12 @@ def run_hierarchical_mosaic(
     settings = settings or Settings()
     events = Events(progress_callback, settings.language, stop_requested)
     inputs = [input_folder] if isinstance(input_folder, Path) else list(input_folder)
-    routes = routes_for(settings.sds_mode_default if sds is None else sds)
+    routes = routes_for(settings, sds)
     budget = memory_budget(settings)
     scratch = Path(settings.coadd_memmap_dir) if settings.coadd_memmap_dir else None
     try:
         with one_thread_each(), ArrayStore(_resident(settings, budget), scratch) as store:
-            job, intake = prepare_job(inputs, settings, events, store, budget, preplan_path_groups)
+            job, intake = prepare_job(inputs, output_folder, settings, events, store, budget, preplan_path_groups)
             route, made, failures = run_routes(routes, job)
             events.phase(9, "save")
             ledger = write_ledger(intake, job, made)
@@ -190,6 +199,7 @@ def _resident(settings: Settings, budget: int) -> int:
 
 def prepare_job(
     inputs: Sequence[Path],
+    output_folder: Path,
     settings: Settings,
     events: Events,
     store: ArrayStore,
@@ -208,7 +218,10 @@ def prepare_job(
     gate(intake, settings, events)
     events.phase(4, "levels")
     subs, photometry = steps.match(intake, canvas, settings, workers, events)
-    return Job(subs, photometry, canvas, calibration, settings, events, store, workers, preplan_path_groups), intake
+    job = Job(
+        subs, photometry, canvas, calibration, settings, events, store, workers, output_folder, preplan_path_groups
+    )
+    return job, intake
 
 
 def gate(intake: Intake, settings: Settings, events: Events) -> None:
@@ -282,14 +295,198 @@ def _sds(job: Job) -> RouteResult:
     return RouteResult(made.mosaic, outcomes, tiles, made.history, cards)
 
 
-ROUTES: dict[str, Callable[[Job], RouteResult]] = {"sds": _sds}
+def _mosaic_first(job: Job) -> RouteResult:
+    """All frames straight onto the global canvas, block by block."""
+    events, settings = job.events, job.settings
+    events.phase(5, "mosaic_first")
+    pixels, lost = load_pixels(range(len(job.subs)), job, job.store)
+    there = [i for i in range(len(job.subs)) if i not in lost]
+    whole = Window.of_shape(job.canvas.shape)
+    made = stack_subs([job.subs[i] for i in there], [pixels[i] for i in there], job, whole)
+    job.store.clear()
+    tile = made.tile
+    mosaic = Mosaic(tile.image, tile.coverage, alpha_of(tile.coverage), job.canvas.wcs.deepcopy())
+    mosaic, history = lecropper.polish(_with_data(mosaic), settings, events, keep=CLASSIC_KEEP)
+    outcomes = [Outcome(-1, 0, 0, lost.get(i, "")) for i in range(len(job.subs))]
+    for i, used, rejected in zip(there, made.used, made.rejected, strict=True):
+        outcomes[i] = Outcome(-1, int(used), int(rejected))
+    return RouteResult(mosaic, outcomes, (), history)
 
 
-def routes_for(sds: bool) -> list[str]:
-    """Routes to try, in order."""
-    if not sds:
-        raise RunError("the classic routes are not part of this version: switch SDS on (--sds)")
-    return ["sds"]
+def _master_tiles(job: Job) -> RouteResult:
+    """Groups of frames → master tiles → levels between them → assembly."""
+    events, settings = job.events, job.settings
+    outcomes = [Outcome(-1, 0, 0, "") for _ in job.subs]
+    records: list[TileRecord] = []
+    if settings.use_existing_master_tiles:
+        tiles, photometry = list(job.subs), job.photometry
+        outcomes = [Outcome(i, sub.frame.shape[0] * sub.frame.shape[1], 0) for i, sub in enumerate(job.subs)]
+    else:
+        events.phase(5, "master_tiles")
+        paths = build_master_tiles(job, outcomes, records)
+        events.phase(6, "intertile")
+        tiles, photometry = match_tiles(paths, job)
+    events.phase(7, "assembly")
+    mosaic = assemble(
+        _read_tiles(tiles, job),
+        job.canvas,
+        photometry.sky,
+        settings.final_assembly_method,
+        workers=job.workers,
+        check_stop=events.check_stop,
+    )
+    events.phase(8, "polish")
+    mosaic, history = lecropper.polish(_with_data(mosaic), settings, events, keep=CLASSIC_KEEP)
+    cards = (
+        ("NTILES", len(tiles), "master tiles"),
+        ("ASSEMBLY", settings.final_assembly_method, "final_assembly_method"),
+    )
+    return RouteResult(mosaic, outcomes, records, history, cards)
+
+
+def build_master_tiles(job: Job, outcomes: list[Outcome], records: list[TileRecord]) -> list[Path]:
+    """Cluster the frames, stack each group, save it; fills in what became of every frame and tile.
+
+    A tile is a window of the global grid with a WCS of its own, so its frames are interpolated only once.
+    """
+    events, settings = job.events, job.settings
+    groups = cluster_frames(
+        [sub.frame for sub in job.subs],
+        settings.cluster_panel_threshold,
+        settings.cluster_orientation_split_deg,
+        settings.max_raw_per_master_tile,
+    )
+    folder = job.output_folder / "master_tiles"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index, group in enumerate(groups):
+        events.progress("master_tiles", index, len(groups))
+        start = time.perf_counter()
+        with job.store.scratch() as shelf:
+            pixels, lost = load_pixels(group, job, shelf)
+            there = [i for i in group if i not in lost]
+            made = stack_subs([job.subs[i] for i in there], [pixels[i] for i in there], job) if there else None
+        for i in lost:
+            outcomes[i] = Outcome(index, 0, 0, lost[i])
+        if made is None:
+            continue
+        for i, used, rejected in zip(there, made.used, made.rejected, strict=True):
+            outcomes[i] = Outcome(index, int(used), int(rejected))
+        tile, reason = finish_tile(made.tile, job)
+        if reason:
+            events.warning("run_warn_tile_rejected", index=index + 1, reason=reason)
+            for i in there:
+                outcomes[i] = replace(outcomes[i], lost=f"its master tile {index + 1} was rejected: {reason}")
+            continue
+        path = folder / f"master_tile_{index + 1:04d}.fits"
+        frames = [job.subs[i].frame for i in there]
+        save_master_tile(path, tile, [f.path.name for f in frames], sum(f.exposure or np.nan for f in frames))
+        paths.append(path)
+        seconds = time.perf_counter() - start
+        median = float(np.nanmedian(tile.image[::4, ::4]))
+        records.append(TileRecord(index, made.tile.window, len(there), median, 1.0, seconds))
+        events.info("run_info_master_tile", index=index + 1, tiles=len(groups), frames=len(there), seconds=seconds)
+        events.count("master_tile", index + 1, len(groups))
+    if not paths:
+        raise RunError("no master tile could be made")
+    return paths
+
+
+def finish_tile(tile: Tile, job: Job) -> tuple[Mosaic, str]:
+    """A stacked group as a picture of its own: border cut, crops and clean-up as configured, and the gate's verdict."""
+    settings = job.settings
+    ys, xs = tile.window.slices
+    picture = Mosaic(tile.image, tile.coverage, alpha_of(tile.coverage), job.canvas.wcs[ys, xs])
+    if settings.apply_master_tile_crop:
+        ny, nx = picture.shape
+        dy, dx = (int(size * settings.master_tile_crop_percent / 100) for size in (ny, nx))
+        picture = picture.crop(Window(dy, ny - dy, dx, nx - dx))
+    if settings.quality_gate_enabled:
+        metrics = tile_metrics(
+            picture.image,
+            picture.coverage,
+            settings.quality_gate_edge_band_px,
+            settings.quality_gate_k_sigma,
+            settings.quality_gate_erode_px,
+        )
+        reason = tile_gate(metrics, settings.quality_gate_threshold)
+        if reason:
+            return picture, reason
+    return picture, "" if (picture.coverage > 0).any() else "it holds no valid pixel"
+
+
+def match_tiles(paths: Sequence[Path], job: Job) -> tuple[list[Sub], Photometry]:
+    """The master tiles as frames of their own, matched to each other in gain and level."""
+    settings = job.settings
+    if not settings.intertile_photometric_match:
+        settings = settings.model_copy(update={"stacking_normalize_method": "none"})
+    tiles = steps.scan(paths, 1, Events(language=settings.language))
+    plain = settings.model_copy(update={"hot_pixel_correction": False})
+    steps.measure_all(tiles, Calibration(), plain, job.workers, job.events)
+    if not tiles.frames:
+        raise RunError("none of the master tiles can be read back")
+    return steps.match(tiles, job.canvas, settings, job.workers, job.events)
+
+
+def _read_tiles(tiles: Sequence[Sub], job: Job) -> Iterator[tuple[Sub, TilePixels]]:
+    for index, sub in enumerate(tiles):
+        job.events.progress("phase5_incremental", index, len(tiles))
+        yield sub, read_master_tile(sub.frame)
+    job.events.progress("phase5_incremental", len(tiles), len(tiles))
+
+
+def load_pixels(members: Iterable[int], job: Job, store: ArrayStore) -> tuple[dict[int, FloatImage], dict[int, str]]:
+    """Prepared pixels of some frames, and why others cannot be read any more."""
+    lost: dict[int, str] = {}
+
+    def load(i: int) -> FloatImage | None:
+        job.events.check_stop()
+        try:
+            return store.keep(prepare(job.subs[i].frame, job.calibration, job.subs[i].repairs)[0])
+        except FrameError as problem:
+            lost[i] = str(problem)
+            return None
+
+    members = list(members)
+    loaded = dict(zip(members, thread_map(load, members, job.workers), strict=True))
+    return {i: pixels for i, pixels in loaded.items() if pixels is not None}, lost
+
+
+def stack_subs(subs: Sequence[Sub], pixels: Sequence[FloatImage], job: Job, window: Window | None = None) -> Coadd:
+    """Coadd frames with the ``stacking_*`` settings."""
+    settings = job.settings
+    return coadd(
+        subs,
+        pixels,
+        job.photometry.sky,
+        Clip(settings.stacking_rejection_algorithm, settings.stacking_kappa_low, settings.stacking_kappa_high),
+        use_median=settings.stacking_final_combine_method == "median",
+        workers=job.workers,
+        window=window,
+        check_stop=job.events.check_stop,
+    )
+
+
+def _with_data(mosaic: Mosaic) -> Mosaic:
+    """The mosaic itself, if there is anything on it."""
+    if not (mosaic.coverage > 0).any():
+        raise RunError("the mosaic has no valid pixel: every sample was rejected or missing")
+    return mosaic
+
+
+ROUTES: dict[str, Callable[[Job], RouteResult]] = {
+    "sds": _sds,
+    "mosaic-first": _mosaic_first,
+    "master-tiles": _master_tiles,
+}
+
+
+def routes_for(settings: Settings, sds: bool | None) -> list[str]:
+    """The route asked for, and those to fall back to, in order."""
+    order = list(ROUTES)
+    if sds is None and settings.route != "auto":
+        return order[order.index(settings.route) :]
+    return order if (settings.sds_mode_default if sds is None else sds) else order[-1:]
 
 
 def write_ledger(intake: Intake, job: Job, made: RouteResult) -> Ledger:

@@ -21,6 +21,7 @@ from zemosaic.tiles import FloatImage, Tile, Window
 from zemosaic.warp import PixelMap, warp_block
 
 _BLOCK_SAMPLES = 1_000_000  # samples of a block's stack: with its temporaries it stays in the outer cache
+_DEPTH_CELL = 128  # px: resolution at which overlaps are counted
 _GUARD_SIGMAS = 20.0  # contrast, in units of the noise, from which interpolation is guarded against ringing
 
 
@@ -55,6 +56,11 @@ class Sub:
     def window(self) -> Window:
         """Canvas pixels the frame may touch."""
         return self.pixel_map.window
+
+    @property
+    def edge(self) -> float:
+        """Contrast, ADU of the frame, from which its interpolation is guarded against ringing."""
+        return _GUARD_SIGMAS * float(np.max(self.noise / self.adjustment.gain))
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ def coadd(
         valid = np.logical_not(np.isnan(stack).any(axis=0))
         return block, result[ys, xs], keep[:, ys, xs], valid[:, ys, xs], who
 
-    blocks = window.blocks(block_side(len(subs), channels))
+    blocks = window.blocks(block_side(deepest([sub.window for sub in subs]), channels))
     for done in thread_map(work, blocks, workers):
         if done is None:
             continue
@@ -159,8 +165,7 @@ def warp_stack(subs: Sequence[Sub], pixels: Sequence[FloatImage], block: Window)
         box = block.intersect(sub.window)
         if not box.area:
             continue
-        edge = _GUARD_SIGMAS * float(np.max(sub.noise / sub.adjustment.gain))
-        warped = warp_block(data, sub.frame.bayer, sub.pixel_map.block(box), edge)
+        warped = warp_block(data, sub.frame.bayer, sub.pixel_map.block(box), sub.edge)
         if warped is None:
             continue
         layer, (ys, xs) = warped
@@ -173,6 +178,18 @@ def warp_stack(subs: Sequence[Sub], pixels: Sequence[FloatImage], block: Window)
         ys, xs = box.within(block)
         subs[i].adjustment.apply(np.moveaxis(layer, 2, 0), box, stack[:, k, ys, xs])
     return stack, who
+
+
+def deepest(windows: Sequence[Window]) -> int:
+    """Largest number of windows that meet, to the nearest `_DEPTH_CELL` pixels."""
+    y, x = (min(getattr(w, name) for w in windows) // _DEPTH_CELL for name in ("y0", "x0"))
+    rows, columns = (max(getattr(w, name) for w in windows) // _DEPTH_CELL + 1 for name in ("y1", "x1"))
+    depth = np.zeros((rows - y, columns - x), np.int64)
+    for w in windows:
+        depth[
+            w.y0 // _DEPTH_CELL - y : w.y1 // _DEPTH_CELL - y + 1, w.x0 // _DEPTH_CELL - x : w.x1 // _DEPTH_CELL - x + 1
+        ] += 1
+    return int(depth.max())
 
 
 def block_side(frames: int, channels: int) -> int:

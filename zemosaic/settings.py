@@ -35,13 +35,13 @@ else:
 
 # Names that existing configurations carry and this project does not use (yet): accepted, with a warning.
 _UNUSED = """
-input_dir input_folder output_dir output_folder use_existing_master_tiles
+input_dir input_folder output_dir output_folder global_wcs_output_path
 
 solver_method astap_executable_path astap_data_directory_path astap_default_search_radius
 astap_default_downsample astap_default_sensitivity astap_max_instances astap_drizzled_fallback_enabled
 astrometry_api_key astrometry_local_path force_resolve_existing_wcs
 
-cluster_panel_threshold cluster_target_groups cluster_orientation_split_deg max_raw_per_master_tile
+cluster_target_groups
 auto_limit_frames_per_master_tile batch_overlap_pct allow_batch_duplication min_safe_stack target_stack
 auto_detect_seestar force_seestar_mode
 
@@ -57,14 +57,14 @@ p3_center_preview_size p3_center_min_overlap_fraction enable_poststack_anchor_re
 poststack_anchor_probe_limit poststack_anchor_span_range poststack_anchor_median_clip_sigma
 poststack_anchor_min_improvement poststack_anchor_use_overlap_affine
 
-intertile_photometric_match intertile_preview_size intertile_overlap_min intertile_sky_percentile
+intertile_preview_size intertile_overlap_min intertile_sky_percentile
 intertile_robust_clip_sigma intertile_prune_k intertile_prune_weight_mode intertile_offset_only_v1
 intertile_gain_offset_v2 intertile_gain_prior_lambda intertile_gain_clip intertile_offset_clip
 intertile_pair_gain_clip intertile_pair_offset_abs_max intertile_max_irls_iters
 intertile_enforce_requested_solver intertile_affine_blend intertile_global_recenter
 intertile_recenter_clip use_auto_intertile
 
-final_assembly_method enable_tile_weighting tile_weight_mode tile_weight_v4_enabled tile_weight_v4_curve
+enable_tile_weighting tile_weight_mode tile_weight_v4_enabled tile_weight_v4_curve
 tile_weight_v4_strength tile_weight_v4_min tile_weight_v4_max tile_weight_v4_residual_penalty_enabled
 tile_weight_v4_residual_penalty_strength tile_weight_v4_temporal_penalty_enabled
 tile_weight_v4_temporal_penalty_strength tile_weight_v4_temporal_penalty_hours
@@ -81,7 +81,7 @@ existing_master_tiles_quality_gate_enabled existing_master_tiles_quality_gate_mo
 existing_master_tiles_quality_gate_sigma_threshold existing_master_tiles_quality_gate_ratio_threshold
 existing_master_tiles_quality_gate_min_valid_frac
 
-apply_master_tile_crop master_tile_crop_percent quality_gate_move_rejects altaz_unknown_policy
+quality_gate_move_rejects altaz_unknown_policy
 altaz_alpha_soft_threshold altaz_nanize_threshold altaz_strict_overlap_crop_enabled
 altaz_strict_overlap_crop_alpha_threshold altaz_strict_overlap_crop_min_nonzero_frac
 altaz_strict_overlap_crop_bbox_pad_px altaz_strict_overlap_crop_min_size_px altaz_export_alpha_fits
@@ -158,9 +158,6 @@ class Settings(BaseModel):
     hot_pixel_sigma: float = _setting(
         6.0, "How far a pixel must stand out of its neighbours to count as hot.", "sigma", ge=1
     )
-    debayer: Literal["edge_aware", "linear", "bilinear"] = _setting(
-        "linear", "How colour is interpolated between the pixels of a Bayer matrix."
-    )
     blur_filter: bool = _setting(True, "Leave out frames that are blurred far beyond the others.")
     blur_filter_factor: float = _setting(
         1.6,
@@ -169,10 +166,30 @@ class Settings(BaseModel):
         gt=1,
     )
 
-    # --- canvas: the global WCS
-    global_wcs_output_path: str = _setting(
-        "global_mosaic_wcs.fits", "File for the planned global WCS, relative to the output folder."
+    # --- the route, and the classic master tiles
+    route: Literal["auto", "sds", "mosaic-first", "master-tiles"] = _setting(
+        "auto", "How the mosaic is made; auto = SDS if sds_mode_default is on, else master tiles."
     )
+    use_existing_master_tiles: bool = _setting(False, "The inputs are ready master tiles: only assemble them.")
+    cluster_panel_threshold: float = _setting(
+        0.05, "Frames whose centres lie this near to each other make one master tile.", "deg", gt=0
+    )
+    cluster_orientation_split_deg: float = _setting(
+        0.0, "Frames turned by more than this go to different master tiles; 0 = never.", "deg", ge=0, le=180
+    )
+    max_raw_per_master_tile: int = _setting(
+        0, "Larger groups are split into several master tiles; 0 or 1 = never.", "frames", ge=0
+    )
+    apply_master_tile_crop: bool = _setting(True, "Cut a border off every master tile.")
+    master_tile_crop_percent: float = _setting(3.0, "Width of that border.", "% of each side", ge=0, lt=50)
+    intertile_photometric_match: bool = _setting(
+        True, "Match gains and sky levels between master tiles before they are assembled."
+    )
+    final_assembly_method: Literal["reproject_coadd", "incremental"] = _setting(
+        "reproject_coadd", "Resample master tiles by the reproject library, or by the project's own warp."
+    )
+
+    # --- canvas: the global WCS
     global_wcs_pixelscale_mode: Literal["min", "median", "max"] = _setting(
         "median", "Which of the frames' pixel scales the mosaic takes."
     )

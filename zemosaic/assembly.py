@@ -1,0 +1,123 @@
+"""Master tiles into one mosaic: resample a tile, add it with its coverage as weight, go on to the next.
+
+Only one tile and the canvas are in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import cv2
+import numpy as np
+from astropy.wcs import WCS
+from numpy.typing import NDArray
+from reproject import reproject_interp
+
+from zemosaic.canvas import Canvas
+from zemosaic.coadd import Sub
+from zemosaic.execute import thread_map
+from zemosaic.mastertile import TilePixels
+from zemosaic.tiles import FloatImage, Mosaic, Window, alpha_of
+from zemosaic.warp import warp_block
+
+Method = Literal["reproject_coadd", "incremental"]
+Layer = tuple[Window, FloatImage, FloatImage]
+
+_BLOCK = 512  # side of the blocks a tile is resampled in
+
+
+def assemble(
+    tiles: Iterable[tuple[Sub, TilePixels]],
+    canvas: Canvas,
+    sky: NDArray[np.float64],
+    method: Method,
+    *,
+    workers: int = 1,
+    check_stop: Callable[[], None] = lambda: None,
+) -> Mosaic:
+    """Weighted mean of master tiles on the canvas.
+
+    Parameters
+    ----------
+    tiles : iterable of (Sub, TilePixels)
+        Each tile with its place and photometric adjustment; read one at a time.
+    canvas : Canvas
+        Global pixel grid.
+    sky : ndarray
+        ``(C,)`` common sky of the adjusted tiles, ADU.
+    method : {"reproject_coadd", "incremental"}
+        Resample through the reproject library (exact WCS at every pixel, bicubic) or with the project's own warp
+        (sparse exact map, Lanczos-4).
+    workers : int
+        Threads.
+    check_stop : callable
+        Called before every block; raises to stop.
+
+    Returns
+    -------
+    Mosaic
+        Coverage counts frames, summed over the tiles.
+    """
+    channels = len(sky)
+    # Differences to the sky are summed: small numbers, of which float32 loses nothing.
+    total = np.zeros((channels, *canvas.shape), np.float32)
+    coverage = np.zeros(canvas.shape, np.float32)
+    resample = _reprojected if method == "reproject_coadd" else _warped
+    for sub, pixels in tiles:
+
+        def work(block: Window, sub: Sub = sub, pixels: TilePixels = pixels) -> Layer | None:
+            check_stop()
+            layer = resample(sub, pixels, block, canvas.wcs)
+            if layer is None:
+                return None
+            window, image, weight = layer
+            adjusted = np.empty((channels, *window.shape), np.float32)
+            sub.adjustment.apply(np.moveaxis(image, 2, 0), window, adjusted)
+            return window, adjusted, np.where(np.isnan(adjusted).any(axis=0), np.float32(0), weight)
+
+        for layer in thread_map(work, sub.window.blocks(_BLOCK), workers):
+            if layer is not None:
+                window, image, weight = layer
+                difference = image - sky.astype(np.float32)[:, None, None]
+                np.copyto(difference, 0, where=weight == 0)
+                ys, xs = window.slices
+                total[:, ys, xs] += weight * difference
+                coverage[ys, xs] += weight
+    with np.errstate(invalid="ignore", divide="ignore"):
+        total /= coverage
+    total += sky.astype(np.float32)[:, None, None]
+    image = np.ascontiguousarray(np.moveaxis(total, 0, -1)) if channels == 3 else total[0]
+    return Mosaic(image, coverage, alpha_of(coverage), canvas.wcs.deepcopy())
+
+
+def _warped(sub: Sub, pixels: TilePixels, block: Window, canvas_wcs: WCS) -> Layer | None:
+    """A block of a tile by the sparse pixel map: window, image ``(h, w, C)`` and weight ``(h, w)``."""
+    positions = sub.pixel_map.block(block)
+    warped = warp_block(pixels.image, None, positions, sub.edge)
+    if warped is None:
+        return None
+    image, (ys, xs) = warped
+    mx, my = (p[ys, xs].astype(np.float32) for p in positions)
+    weight = cv2.remap(pixels.coverage, mx, my, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return _place(block, ys, xs), image, np.asarray(weight, np.float32)
+
+
+def _reprojected(sub: Sub, pixels: TilePixels, block: Window, canvas_wcs: WCS) -> Layer | None:
+    """The same through `reproject.reproject_interp`."""
+    ys, xs = block.slices
+    target, source = canvas_wcs[ys, xs], sub.frame.wcs
+    holes = np.isnan(pixels.image)
+    planes = np.moveaxis(np.atleast_3d(np.where(holes, np.float32(0), pixels.image)), 2, 0)
+    options = {"shape_out": block.shape, "roundtrip_coords": False, "return_footprint": False}
+    image = reproject_interp((planes, source), target, order="bicubic", **options)
+    weight = reproject_interp((pixels.coverage, source), target, order="bilinear", **options)
+    # A kernel must not touch what is missing: where the data are complete, bilinear weights of them sum to 1.
+    whole = np.atleast_3d(~holes).all(axis=2).astype(np.float32)
+    complete = reproject_interp((whole, source), target, order="bilinear", **options) > 0.999
+    image = np.moveaxis(np.where(complete, image, np.nan), 0, 2).astype(np.float32)
+    return block, image, np.nan_to_num(weight).astype(np.float32)
+
+
+def _place(block: Window, ys: slice, xs: slice) -> Window:
+    return Window(block.y0 + ys.start, block.y0 + ys.stop, block.x0 + xs.start, block.x0 + xs.stop)
