@@ -6,6 +6,7 @@ route make the mosaic, and saves it with its books. The SDS route is imported on
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
@@ -155,7 +156,7 @@ def run_hierarchical_mosaic(
     inputs = [input_folder] if isinstance(input_folder, Path) else list(input_folder)
     routes = routes_for(settings, sds)
     budget = memory_budget(settings)
-    scratch = Path(settings.coadd_memmap_dir) if settings.coadd_memmap_dir else None
+    scratch = Path(settings.coadd_memmap_dir) if settings.coadd_memmap_dir else output_folder
     try:
         with one_thread_each(), ArrayStore(_resident(settings, budget), scratch) as store:
             job, intake = prepare_job(inputs, output_folder, settings, events, store, budget, preplan_path_groups)
@@ -356,8 +357,7 @@ def build_master_tiles(job: Job, outcomes: list[Outcome], records: list[TileReco
         settings.cluster_orientation_split_deg,
         settings.max_raw_per_master_tile,
     )
-    folder = job.output_folder / "master_tiles"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = fresh_folder(job.output_folder, "master_tiles")
     paths = []
     for index, group in enumerate(groups):
         events.progress("master_tiles", index, len(groups))
@@ -390,6 +390,19 @@ def build_master_tiles(job: Job, outcomes: list[Outcome], records: list[TileReco
     if not paths:
         raise RunError("no master tile could be made")
     return paths
+
+
+def fresh_folder(parent: Path, name: str) -> Path:
+    """Make ``name``, ``name_2``, … in a folder: the first that no other run has taken."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}_{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("unreachable")
 
 
 def finish_tile(tile: Tile, job: Job) -> tuple[Mosaic, str]:

@@ -218,6 +218,19 @@ def test_noise_and_weight_may_be_given_per_pixel():
     np.testing.assert_allclose(again, image, rtol=1e-6)
 
 
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_frame_that_lies_elsewhere_changes_nothing(method, n):
+    stack = honest(n, channels=3)
+    stack[:, 0, TRAIL] += 30 * SIGMA
+    image, keep = stacked(stack, method)
+    nothing = np.full_like(stack[:, :1], np.nan)
+    same, keep_same = stacked(np.concatenate([nothing, stack], axis=1), method)
+    np.testing.assert_array_equal(keep_same[1:], keep)
+    np.testing.assert_allclose(same, image, rtol=3e-7)
+    assert not keep_same[0].any()
+
+
 # --- the mean and the median -----------------------------------------------------------------------------
 
 

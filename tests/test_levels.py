@@ -419,7 +419,7 @@ def test_a_row_of_twelve_panels_is_level_from_end_to_end(seed):
 
 
 def test_frames_agree_where_they_overlap():
-    row, _, samples = panels()
+    _, _, samples = panels()
     plane, _ = solve_skies(samples, np.ones((12, 1)), np.ones((12, 1)))
     left = {}
     for i, (sky, (level, slope_u, slope_v)) in enumerate(zip(samples, plane[:, 0], strict=True)):
@@ -439,7 +439,7 @@ def test_satellites_and_stars_in_a_few_samples_do_not_tilt_the_sky():
 
 
 def test_planes_are_counted_after_the_gain():
-    row, truth, samples = panels()
+    _, _, samples = panels()
     gain = np.linspace(0.5, 2, 12)[:, None]
     dimmed = [SkySamples(s.node, s.u, s.v, s.value / g) for s, g in zip(samples, gain, strict=True)]
     plane, _ = solve_skies(dimmed, gain, 1 / gain)
@@ -448,7 +448,7 @@ def test_planes_are_counted_after_the_gain():
 
 
 def test_an_island_keeps_its_own_mean_level():
-    row, _, samples = panels()
+    _, _, samples = panels()
     apart = samples[:5] + samples[7:]
     plane, (solution,) = solve_skies(apart, np.ones((10, 1)), np.ones((10, 1)))
     assert solution.group.tolist() == [solution.group[0]] * 5 + [solution.group[9]] * 5

@@ -98,14 +98,6 @@ def test_the_product_tells_its_own_story(result, field):
     assert "Coverage cut" in str(header["HISTORY"])
 
 
-def test_the_ledger_knows_the_transparency_of_every_frame(result, field):
-    """Gain times transparency is the same for all frames: they were brought to one scale."""
-    _, frames, _ = tables(result.product)
-    transparency = {frame.path.name: frame.transparency for frame in field.frames}
-    scale = np.array([row["GAIN"] * transparency[row["FILE"]] for row in frames])
-    np.testing.assert_allclose(scale / np.median(scale, axis=0), 1, atol=0.05)
-
-
 def test_phases_come_in_order_and_the_end_comes_last(result, told):
     assert [e.values["n"] for e in told if e.kind == "phase"] == list(range(1, 10))
     assert told[-1].kind == "done"
@@ -188,7 +180,7 @@ def altered(source: Path, target: Path, pixels: np.ndarray | None = None, **card
 NOT_FRAMES = {
     "text.fit": "not a FITS file",
     "truncated.fit": "truncated",
-    "no_wcs.fit": "no WCS",
+    "no_wcs.fit": "no celestial WCS",
     "mono.fit": "it is mono and most frames are in colour",
     "stray.fit": "points .* deg away",
     "doubled.fit": '"/px but the other frames',
@@ -262,7 +254,7 @@ def test_raw_frames_are_never_touched(field, tmp_path):
     """Raws, sidecar, dark and a file that is no frame, in a folder that cannot be written to."""
     folder = tmp_path / "subs"
     shutil.copytree(field.paths[0].parent, folder)
-    fits.writeto(folder / f"{field.paths[0].stem}.wcs", None, field.frames[0].cards)
+    fits.PrimaryHDU(header=field.frames[0].cards).writeto(folder / f"{field.paths[0].stem}.wcs.fits")
     (folder / "broken.fit").write_text("no frame at all")
     fits.writeto(tmp_path / "dark.fits", np.zeros(field.recipe.shape, np.float32))
     folder.chmod(0o555)
@@ -298,7 +290,7 @@ def test_little_memory_makes_the_same_mosaic(subs, scratch, tmp_path):
 
 
 def test_a_canvas_beyond_the_memory_is_refused_with_the_numbers(subs, tmp_path):
-    with pytest.raises(RunError, match=r"needs 1\d\.\d GB and the run may use 0\.5 GB: allow more"):
+    with pytest.raises(RunError, match=r"needs \d+\.\d GB and the run may use 0\.5 GB: allow more"):
         run_hierarchical_mosaic(subs, tmp_path, quick(memory_gb=0.5, global_wcs_res_override=0.02), sds=True)
     assert not list(tmp_path.iterdir())
 

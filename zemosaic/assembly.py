@@ -25,6 +25,7 @@ Method = Literal["reproject_coadd", "incremental"]
 Layer = tuple[Window, FloatImage, FloatImage]
 
 _BLOCK = 512  # side of the blocks a tile is resampled in
+_SPLINE_REACH = 12  # px over which a cubic spline forgets its border
 
 
 def assemble(
@@ -105,18 +106,34 @@ def _warped(sub: Sub, pixels: TilePixels, block: Window, canvas_wcs: WCS) -> Lay
 
 def _reprojected(sub: Sub, pixels: TilePixels, block: Window, canvas_wcs: WCS) -> Layer | None:
     """The same through `reproject.reproject_interp`."""
-    ys, xs = block.slices
-    target, source = canvas_wcs[ys, xs], sub.frame.wcs
-    holes = np.isnan(pixels.image)
-    planes = np.moveaxis(np.atleast_3d(np.where(holes, np.float32(0), pixels.image)), 2, 0)
-    options = {"shape_out": block.shape, "roundtrip_coords": False, "return_footprint": False}
-    image = reproject_interp((planes, source), target, order="bicubic", **options)
-    weight = reproject_interp((pixels.coverage, source), target, order="bilinear", **options)
-    # A kernel must not touch what is missing: where the data are complete, bilinear weights of them sum to 1.
-    whole = np.atleast_3d(~holes).all(axis=2).astype(np.float32)
-    complete = reproject_interp((whole, source), target, order="bilinear", **options) > 0.999
-    image = np.moveaxis(np.where(complete, image, np.nan), 0, 2).astype(np.float32)
-    return block, image, np.nan_to_num(weight).astype(np.float32)
+    (ys, xs), positions = block.slices, sub.pixel_map.block(block)
+    # Only the part of the tile that the block looks at: the spline filter runs over all it is given.
+    near = tuple(
+        slice(max(0, int(p.min()) - _SPLINE_REACH), max(0, min(size, int(p.max()) + _SPLINE_REACH + 1)))
+        for p, size in zip(positions[::-1], pixels.coverage.shape, strict=True)
+    )
+    if any(part.stop <= part.start for part in near):
+        return None
+    image, coverage = np.atleast_3d(pixels.image[near]), pixels.coverage[near]
+    holes: NDArray[np.bool_] = np.isnan(image.sum(axis=2))
+    if holes.all():
+        return None
+    filled = np.where(holes[..., None], np.nanmedian(image, axis=(0, 1)).astype(np.float32), image)
+    there = np.where(holes, np.float32(0), np.float32(1))
+    planes = np.concatenate([np.moveaxis(filled, 2, 0), np.stack([coverage, there])])
+    assert sub.frame.wcs is not None
+    made = reproject_interp(
+        (planes, sub.frame.wcs[near]),
+        canvas_wcs[ys, xs],
+        order="bicubic",
+        shape_out=block.shape,
+        roundtrip_coords=False,
+        return_footprint=False,
+    )
+    # A spline of ones is one, except where it feels a hole: there the data are not complete.
+    complete = np.abs(made[-1] - 1) < 1e-3
+    image = np.moveaxis(np.where(complete, made[:-2], np.nan), 0, 2).astype(np.float32)
+    return block, image, np.where(complete, np.maximum(made[-2], 0), 0).astype(np.float32)
 
 
 def _place(block: Window, ys: slice, xs: slice) -> Window:

@@ -29,7 +29,7 @@ class Calibration:
     Parameters
     ----------
     dark : ndarray or None
-        ``(ny, nx)`` float32, ADU, subtracted as it is.
+        ``(ny, nx)``, or ``(ny, nx, 3)`` for frames in colour; float32, ADU, subtracted as it is.
     flat : ndarray or None
         ``(ny, nx)`` float32, 1 on average per colour of the CFA; NaN where the flat is useless.
     """
@@ -46,7 +46,7 @@ class Calibration:
             If a master does not have the frame's shape.
         """
         for name, master in (("dark", self.dark), ("flat", self.flat)):
-            if master is not None and master.shape != pixels.shape[:2]:
+            if master is not None and master.shape not in (pixels.shape, pixels.shape[:2]):
                 raise FrameError(
                     f"the master {name} is {master.shape[1]}x{master.shape[0]} px but the frame is "
                     f"{pixels.shape[1]}x{pixels.shape[0]}: use a master from the same camera mode",
@@ -69,7 +69,7 @@ def load_calibration(dark_path: str | Path = "", flat_path: str | Path = "") -> 
     flat = None
     if str(flat_path):
         frame = read_frame(Path(flat_path))
-        flat = normalise_flat(read_pixels(frame), cell=1 if frame.colour == "mono" and not frame.bayer else 2)
+        flat = normalise_flat(read_pixels(frame), cell=2 if frame.bayer else 1)
     return Calibration(dark, flat)
 
 
@@ -79,7 +79,7 @@ def normalise_flat(flat: FloatImage, cell: int = 2) -> FloatImage:
     for y in range(cell):
         for x in range(cell):
             plane = flat[y::cell, x::cell]
-            out[y::cell, x::cell] = plane / np.nanmedian(plane)
+            out[y::cell, x::cell] = plane / np.nanmedian(plane, axis=(0, 1))
     out[~(out > 0.05)] = np.nan
     return out
 
@@ -220,8 +220,8 @@ def debayer(cfa: FloatImage, pattern: str) -> FloatImage:
     """Full-resolution colour from a Bayer mosaic by gradient-corrected linear interpolation.
 
     Linear, so a star keeps its flux whatever its brightness and position. Compared on simulated stars, OpenCV's
-    edge-aware method loses 9 % (FWHM 3 px) to 14 % (2.4 px) of their green flux, and bilinear
-    interpolation makes red and blue stars 12 % wider (`benchmarks/debayer.py`).
+    edge-aware method loses 9 % (FWHM 3 px) to 13 % (2.4 px) of their green flux, and bilinear
+    interpolation makes red and blue stars 15 to 24 % wider (`benchmarks/debayer.py`).
 
     Parameters
     ----------
@@ -259,4 +259,4 @@ def debayer(cfa: FloatImage, pattern: str) -> FloatImage:
 
 
 def _like(master: FloatImage, pixels: FloatImage) -> FloatImage:
-    return master if pixels.ndim == 2 else master[..., None]
+    return master if master.ndim == pixels.ndim else master[..., None]

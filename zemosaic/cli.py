@@ -71,6 +71,10 @@ def run(
     subs: Annotated[list[Path], typer.Argument(metavar="SUBS", exists=True, help="Frames, or folders of frames.")],
     out: Out,
     sds: Annotated[bool | None, typer.Option("--sds/--no-sds", help="Use the SDS route, or not.")] = None,
+    route: Annotated[
+        str | None,
+        typer.Option(metavar="ROUTE", help="sds, mosaic-first or master-tiles; those after it are its fallbacks."),
+    ] = None,
     config: Annotated[Path | None, _file_option("--config", "Settings: TOML, or a zemosaic_config.json.")] = None,
     changes: Annotated[
         list[str] | None,
@@ -92,7 +96,10 @@ def run(
     from zemosaic.lots import read_lots
     from zemosaic.settings import SettingsError
 
+    if route and sds is not None:
+        _refuse("--route and --sds/--no-sds exclude each other")
     options = {
+        "route": route,
         "master_dark_path": dark,
         "master_flat_path": flat,
         "num_processing_workers": workers,

@@ -117,6 +117,11 @@ def place(intake: Intake, settings: Settings, events: Events, budget: int) -> Ca
 
 def _unplaced(frame: Frame) -> str:
     if frame.wcs is not None:
+        system = (frame.wcs.wcs.lngtyp, frame.wcs.wcs.radesys)
+        if frame.wcs.wcs.lngtyp != "RA" or frame.wcs.wcs.radesys.startswith("FK4"):
+            return "its WCS is not in equatorial coordinates of J2000 ({} {}): solve it again".format(*system).replace(
+                " )", ")"
+            )
         return ""
     return frame.wcs_problem or "it has no WCS, neither in its header nor in a sidecar file: solve it first"
 

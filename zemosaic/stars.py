@@ -103,17 +103,26 @@ class Detection:
     x: NDArray[np.float64]
     y: NDArray[np.float64]
     flux: NDArray[np.float64]
+    peak: NDArray[np.float64]
     fwhm: NDArray[np.float64]
     ellipticity: NDArray[np.float64]
     angle: NDArray[np.float64]
 
     def typical_fwhm(self) -> float:
-        """Median width of the sources that stand alone (of all, if fewer than five do); NaN without any."""
+        """Width of the frame's stars; NaN without sources.
+
+        Knots of a nebula are found as well, and may outnumber the stars; but they are wide and faint for their
+        flux. So only the third with the highest peaks counts (at least five sources, at most forty), of those the ones
+        that stand alone if there are five, and of the rest what is not twice as wide as the sharpest quarter.
+        """
         if not len(self.x):
             return float("nan")
         points = np.c_[self.x, self.y]
         apart = cKDTree(points).query(points, k=2)[0][:, 1] > _ALONE_CELLS
-        return float(np.median(self.fwhm[apart] if apart.sum() >= 5 else self.fwhm))
+        count = int(np.clip(len(points) // 3, 5, 40))
+        top = np.argsort(-self.peak, kind="stable")[:count]
+        width = self.fwhm[top[apart[top]]] if apart[top].sum() >= 5 else self.fwhm[top]
+        return float(np.median(width[width <= 2 * np.percentile(width, 25)]))
 
 
 def detect(luminance: FloatImage, *, sigma: float = _DETECT_SIGMA, limit: int = _MAX_STARS) -> Detection:
@@ -137,7 +146,7 @@ def detect(luminance: FloatImage, *, sigma: float = _DETECT_SIGMA, limit: int = 
     image = np.array(luminance, dtype=np.float32, order="C")  # sep works in place and needs native order
     mask = ~np.isfinite(image)
     image[mask] = 0
-    empty = Detection(*(np.zeros(0) for _ in range(6)))
+    empty = Detection(*(np.zeros(0) for _ in range(7)))
     if mask.all() or min(image.shape) < 8:
         return empty
     background = sep.Background(image, mask=mask, bw=_BACKGROUND_CELLS, bh=_BACKGROUND_CELLS)
@@ -160,6 +169,7 @@ def detect(luminance: FloatImage, *, sigma: float = _DETECT_SIGMA, limit: int = 
         found["x"][good].astype(float),
         found["y"][good].astype(float),
         found["flux"][good].astype(float),
+        found["peak"][good].astype(float),
         2 * radius[good],
         1 - b / a,
         found["theta"][good].astype(float),

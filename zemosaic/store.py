@@ -48,7 +48,9 @@ class ArrayStore:
                 self._held += array.nbytes
                 return array
             if self._files is None:
-                self._files = tempfile.TemporaryDirectory(prefix="zemosaic-", dir=self._folder)
+                if self._folder is not None:
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                self._files = tempfile.TemporaryDirectory(prefix=".zemosaic-", dir=self._folder)
             path = Path(self._files.name) / f"{len(self._mapped):06d}.npy"
             copy = np.lib.format.open_memmap(path, mode="w+", dtype=array.dtype, shape=array.shape)
             self._mapped.append(copy)
