@@ -314,6 +314,7 @@ def build_megatile(
             use_median=settings.stacking_final_combine_method == "median",
             workers=workers,
             check_stop=events.check_stop,
+            rest=shelf.release,
         )
     used, rejected = [0] * len(lot.members), [0] * len(lot.members)
     for k, u, r in zip(there, made.used, made.rejected, strict=True):

@@ -303,7 +303,7 @@ def _mosaic_first(job: Job) -> RouteResult:
     pixels, lost = load_pixels(range(len(job.subs)), job, job.store)
     there = [i for i in range(len(job.subs)) if i not in lost]
     whole = Window.of_shape(job.canvas.shape)
-    made = stack_subs([job.subs[i] for i in there], [pixels[i] for i in there], job, whole)
+    made = stack_subs([job.subs[i] for i in there], [pixels[i] for i in there], job, job.store, whole)
     job.store.clear()
     tile = made.tile
     mosaic = Mosaic(tile.image, tile.coverage, alpha_of(tile.coverage), job.canvas.wcs.deepcopy())
@@ -365,7 +365,7 @@ def build_master_tiles(job: Job, outcomes: list[Outcome], records: list[TileReco
         with job.store.scratch() as shelf:
             pixels, lost = load_pixels(group, job, shelf)
             there = [i for i in group if i not in lost]
-            made = stack_subs([job.subs[i] for i in there], [pixels[i] for i in there], job) if there else None
+            made = stack_subs([job.subs[i] for i in there], [pixels[i] for i in there], job, shelf) if there else None
         for i in lost:
             outcomes[i] = Outcome(index, 0, 0, lost[i])
         if made is None:
@@ -465,7 +465,13 @@ def load_pixels(members: Iterable[int], job: Job, store: ArrayStore) -> tuple[di
     return {i: pixels for i, pixels in loaded.items() if pixels is not None}, lost
 
 
-def stack_subs(subs: Sequence[Sub], pixels: Sequence[FloatImage], job: Job, window: Window | None = None) -> Coadd:
+def stack_subs(
+    subs: Sequence[Sub],
+    pixels: Sequence[FloatImage],
+    job: Job,
+    store: ArrayStore,
+    window: Window | None = None,
+) -> Coadd:
     """Coadd frames with the ``stacking_*`` settings."""
     settings = job.settings
     return coadd(
@@ -477,6 +483,7 @@ def stack_subs(subs: Sequence[Sub], pixels: Sequence[FloatImage], job: Job, wind
         workers=job.workers,
         window=window,
         check_stop=job.events.check_stop,
+        rest=store.release,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from zemosaic import levels
+from zemosaic.execute import one_thread_each
 from zemosaic.levels import (
     Adjustment,
     SkySamples,
@@ -27,6 +29,13 @@ from zemosaic.stars import block_medians, colour_planes
 from zemosaic.tiles import Window
 
 SEEDS = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_in_a_run() -> Iterator[None]:
+    """BLAS threads gain nothing on systems this small and cost seconds on a busy machine."""
+    with one_thread_each():
+        yield
 
 
 class Survey(NamedTuple):

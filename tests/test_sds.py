@@ -51,8 +51,8 @@ class Heard(list[Event]):
     def events(self) -> Events:
         return Events(self.append)
 
-    def keys(self, *kinds: str) -> list[str]:
-        return [event.key for event in self if event.kind in (kinds or ("info", "warning"))]
+    def of_kind(self, kind: str) -> list[str]:
+        return [event.key for event in self if event.kind == kind]
 
     def values(self, key: str) -> dict:
         (event,) = [event for event in self if event.key == key]
@@ -88,13 +88,13 @@ def panel(k: int) -> Window:
     return Window(0, 30, 30 * k, 30 * (k + 1))
 
 
-def lots_of(boxes: Sequence[Window], shape: tuple[int, int] = (120, 120), **settings: float) -> list[tuple[int, ...]]:
-    subs = [sub_at(box, f"{i}.fit") for i, box in enumerate(boxes)]
-    return [lot.members for lot in plan_lots(subs, canvas_of(shape), Settings(**settings), Heard().events)]
+def lots_of(frames: Sequence[Window | Sub], **settings: float) -> list[tuple[int, ...]]:
+    subs = [sub_at(each, f"{i}.fit") if isinstance(each, Window) else each for i, each in enumerate(frames)]
+    return [lot.members for lot in plan_lots(subs, canvas_of((120, 120)), Settings(**settings), Events())]
 
 
-def sizes(boxes: Sequence[Window], shape: tuple[int, int] = (120, 120), **settings: float) -> list[int]:
-    return [len(lot) for lot in lots_of(boxes, shape, **settings)]
+def sizes(frames: Sequence[Window | Sub], **settings: float) -> list[int]:
+    return [len(lot) for lot in lots_of(frames, **settings)]
 
 
 def test_a_lot_closes_at_five_frames_that_cover_the_field():
@@ -123,16 +123,13 @@ def test_coverage_counts_the_union_footprint_not_the_canvas():
     assert sizes(corners * 6) == [5, 7]
 
 
-def test_coverage_counts_what_the_frames_cover_not_their_bounding_box():
-    """A frame turned by 45 degrees covers half of its window: five of them do not cover the field."""
+def test_coverage_counts_the_frames_not_their_windows():
+    """A frame turned by 45 degrees covers half of its window: five of them do not cover what the sixth covers."""
     box = Window(0, 60, 0, 60)
-    turned = sub_at(box)
     y, x = np.mgrid[0:2, 0:2] * 60.0
     diamond = PixelMap(box, 60, x - y + 21.2, x + y - 38.8, 0.0)
-    subs = [replace(turned, frame=replace(turned.frame, shape=(42, 42)), pixel_map=diamond)] * 5
-    assert [len(lot.members) for lot in plan_lots([*subs, sub_at(box)], canvas_of((60, 60)), Settings(), Events())] == [
-        6
-    ]
+    turned = replace(sub_at(box), frame=Frame(Path("turned.fit"), (42, 42), "mono"), pixel_map=diamond)
+    assert sizes([turned] * 5 + [box] * 6) == [6, 5]
 
 
 @pytest.mark.parametrize(
@@ -323,18 +320,15 @@ def test_a_chain_starts_at_its_reference_wherever_that_lies():
     assert (gains.reference, gains.gains) == (2, pytest.approx((0.25, 0.5, 1, 2)))
 
 
-def test_a_tile_between_two_others_weighs_them_by_the_pixels_they_share():
-    """Two tiles that contradict each other by 10 % about a third one, which overlaps one of them three times more."""
-    far, near, middle = Window(0, 100, 0, 80), Window(0, 100, 120, 200), Window(0, 100, 65, 125)
-    reference = Window(100, 200, 0, 200)  # touches the two by a row of 50 pixels, not the middle one
-    tiles = [
-        tile_at(reference, SKY, 9),
-        tile_at(Window(0, 150, far.x0, far.x1), SKY),
-        tile_at(Window(0, 150, near.x0, near.x1), SKY),
-        tile_at(middle, np.where(np.arange(65, 125) < 90, SKY, 0.9 * SKY)),
-    ]
-    gain = renormalise_gains(tiles, "shared").gains[3]
-    assert np.log(gain) == pytest.approx(np.log(1 / 0.9) * 5 / 20)  # 15 columns say 1, 5 columns say 1/0.9
+def test_a_tile_that_meets_two_others_listens_to_each_by_the_pixels_they_share():
+    """Where it meets the left one it is as bright, where it meets the right one 10 % fainter: 15 columns against 5."""
+    left, right, middle = Window(0, 150, 0, 80), Window(0, 150, 120, 200), Window(0, 100, 65, 125)
+    reference = Window(100, 200, 0, 200)  # meets the left and the right one, but not the one in the middle
+    fainter = np.where(np.arange(65, 125) < 100, SKY, 0.9 * SKY)
+    tiles = [tile_at(reference, SKY, 9), tile_at(left, SKY), tile_at(right, SKY), tile_at(middle, fainter)]
+    gains = renormalise_gains(tiles, "shared").gains
+    assert gains[:3] == (1, 1, 1)
+    assert np.log(gains[3]) == pytest.approx(np.log(1 / 0.9) * 5 / 20)
 
 
 def test_a_tile_without_overlap_gets_the_ratio_of_whole_tiles_and_is_named():
@@ -358,18 +352,8 @@ def test_a_thin_overlap_still_counts():
 
 
 @pytest.mark.parametrize("scope", ["shared", "tile"])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, -700.0, 1e-42])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, -700.0])
 def test_no_gain_that_is_not_finite_and_positive_is_ever_applied(value, scope):
-    tiles = [tile_at(WHOLE, 1e38 if value == 1e-42 else 1000, 3), tile_at(WHOLE, value), tile_at(WHOLE, 500)]
-    if value == 1e-42:  # the ratio overflows what a float32 image can hold
-        tiles = tiles[:2]
-    gains = renormalise_gains(tiles, scope)
-    assert np.isfinite(gains.gains).all() and min(gains.gains) > 0
-
-
-@pytest.mark.parametrize("scope", ["shared", "tile"])
-@pytest.mark.parametrize("value", [np.nan, 0.0, -700.0])
-def test_a_gain_that_cannot_be_used_is_1_and_named(value, scope):
     tiles = [tile_at(WHOLE, 1000, 3), tile_at(WHOLE, value), tile_at(WHOLE, 500)]
     gains = renormalise_gains(tiles, scope)
     assert gains.gains == (1, 1, 2)
@@ -558,7 +542,8 @@ def picture(colour: bool = True) -> Mosaic:
 
 
 def steps(heard: Heard) -> list[str]:
-    return [key.partition("_")[2] for key in heard.keys()]
+    """Steps of the polish that spoke up, in order."""
+    return [key.partition("_")[2] for key in heard.of_kind("info")]
 
 
 @pytest.mark.parametrize("colour", [True, False])
@@ -670,7 +655,7 @@ def assemble(job: Job, heard: Heard) -> Callable[..., SdsResult]:
 
 def test_the_chain_reads_like_its_name(assemble, heard):
     made = assemble()
-    assert heard.keys("phase") == ["phase_lots", "phase_gains", "phase_stack", "phase_polish"]
+    assert heard.of_kind("phase") == ["phase_lots", "phase_gains", "phase_stack", "phase_polish"]
     assert [len(report.lot.members) for report in made.lots] == [6, 6]
     assert made.mosaic.image.dtype == made.mosaic.coverage.dtype == np.float32
     assert np.nanmax(made.mosaic.coverage) == 12

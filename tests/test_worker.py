@@ -279,14 +279,20 @@ def scratch(tmp_path: Path) -> Iterator[Path]:
 
 
 def tight(scratch: Path) -> Settings:
-    """So little memory that frames and mega-tiles go to the scratch folder."""
-    return quick(num_processing_workers=2, memory_gb=0.003, coadd_memmap_dir=str(scratch))
+    """So little memory that most of the mega-tiles go to the scratch folder."""
+    lots = {"sds_min_batch_size": 2, "sds_target_batch_size": 2}
+    return quick(num_processing_workers=2, memory_gb=0.0025, coadd_memmap_dir=str(scratch), **lots)
 
 
 def test_little_memory_makes_the_same_mosaic(subs, scratch, tmp_path):
-    plenty = run_hierarchical_mosaic(subs, tmp_path / "out", quick(), sds=True)
-    little = run_hierarchical_mosaic(subs, tmp_path / "out", tight(scratch), sds=True)
-    np.testing.assert_array_equal(fits.getdata(little.product), fits.getdata(plenty.product))
+    spilled: list[Path] = []
+    little = run_hierarchical_mosaic(
+        subs, tmp_path / "out", tight(scratch), sds=True, progress_callback=lambda _: spilled.extend(scratch.iterdir())
+    )
+    assert spilled
+    plenty = tight(scratch).model_copy(update={"memory_gb": None})
+    expected = run_hierarchical_mosaic(subs, tmp_path / "out", plenty, sds=True)
+    np.testing.assert_array_equal(fits.getdata(little.product), fits.getdata(expected.product))
 
 
 def test_a_canvas_beyond_the_memory_is_refused_with_the_numbers(subs, tmp_path):

@@ -21,6 +21,7 @@ from zemosaic.tiles import FloatImage, Tile, Window
 from zemosaic.warp import PixelMap, warp_block
 
 _BLOCK_SAMPLES = 1_000_000  # samples of a block's stack: with its temporaries it stays in the outer cache
+_REST_BLOCKS = 64  # blocks between two rests
 _DEPTH_CELL = 128  # px: resolution at which overlaps are counted
 _GUARD_SIGMAS = 20.0  # contrast, in units of the noise, from which interpolation is guarded against ringing
 
@@ -90,6 +91,7 @@ def coadd(
     workers: int = 1,
     window: Window | None = None,
     check_stop: Callable[[], None] = lambda: None,
+    rest: Callable[[], None] = lambda: None,
 ) -> Coadd:
     """Stack frames onto their common window of the canvas.
 
@@ -111,6 +113,8 @@ def coadd(
         Canvas pixels to make; the hull of the frames' windows if not given.
     check_stop : callable
         Called before every block; raises to stop.
+    rest : callable
+        Called from time to time: lets go of memory-mapped pixels.
 
     Returns
     -------
@@ -142,7 +146,9 @@ def coadd(
         return block, result[ys, xs], keep[:, ys, xs], valid[:, ys, xs], who
 
     blocks = window.blocks(block_side(deepest([sub.window for sub in subs]), channels))
-    for done in thread_map(work, blocks, workers):
+    for number, done in enumerate(thread_map(work, blocks, workers)):
+        if number % _REST_BLOCKS == 0:
+            rest()
         if done is None:
             continue
         block, result, keep, valid, who = done

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
 from typing import TypeVar
 
 import cv2
@@ -45,18 +44,6 @@ def thread_map(work: Callable[[Item], Result], items: Iterable[Item], workers: i
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def process_map(work: Callable[[Item], Result], items: list[Item], workers: int) -> Iterator[Result]:
-    """``map(work, items)`` on processes: for many small pieces of pure Python such as reading headers.
-
-    A pool of processes costs a second to start, so short lists and single workers stay in this process.
-    """
-    if workers <= 1 or len(items) < 1000:
-        yield from map(work, items)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(work, items, chunksize=64)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from zemosaic.calibrate import Calibration
 from zemosaic.canvas import Canvas, CanvasError, find_strays, pixel_scale, plan_canvas
 from zemosaic.coadd import Sub
 from zemosaic.events import Events
-from zemosaic.execute import process_map, thread_map
+from zemosaic.execute import thread_map
 from zemosaic.frames import Frame, FrameError, find_files, read_frame
 from zemosaic.measure import FrameMeasure, choose_aperture, measure_frame
 from zemosaic.photometry import Photometry, match_frames
@@ -64,7 +64,7 @@ def scan(inputs: Sequence[Path], workers: int, events: Events) -> Intake:
     events.info("run_info_scan_found", n=len(files))
     intake = Intake(files)
     step = max(1, len(files) // 50)
-    for i, (path, found) in enumerate(zip(files, process_map(_read, files, workers), strict=True), start=1):
+    for i, (path, found) in enumerate(zip(files, thread_map(_read, files, workers), strict=True), start=1):
         events.check_stop()
         if isinstance(found, Frame):
             intake.frames.append(found)

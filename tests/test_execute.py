@@ -1,0 +1,170 @@
+"""Work over cores: the same results in the same order, errors at their place, and no thread left running."""
+
+from __future__ import annotations
+
+import operator
+import os
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import cv2
+import pytest
+from threadpoolctl import threadpool_info
+
+from zemosaic.execute import one_thread_each, process_map, thread_map, worker_count
+
+WORKERS = pytest.mark.parametrize("workers", [0, 1, 2, 5])
+
+
+def test_a_requested_number_of_workers_is_taken_as_it_is():
+    assert [worker_count(n) for n in (1, 3, 64)] == [1, 3, 64]
+
+
+@pytest.mark.parametrize("requested", [0, -1])
+def test_otherwise_every_core_this_process_may_use(requested, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
+    assert worker_count(requested) == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert worker_count(requested) == 7
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert worker_count(requested) == 1
+
+
+# --- threads ---------------------------------------------------------------------------------------------
+
+
+@WORKERS
+def test_results_come_in_the_order_of_the_items(workers):
+    def work(i: int) -> int:
+        time.sleep(0.002 * (i % 3))  # later items are done first
+        return i * i
+
+    assert list(thread_map(work, range(30), workers)) == [i * i for i in range(30)]
+
+
+@WORKERS
+def test_no_items_no_results(workers):
+    assert list(thread_map(str, [], workers)) == []
+
+
+def test_work_really_runs_side_by_side():
+    meeting = threading.Barrier(3, timeout=5)  # breaks unless three are there at once
+    assert sorted(thread_map(lambda _: meeting.wait(), range(3), 3)) == [0, 1, 2]
+
+
+def test_a_single_worker_stays_in_this_thread():
+    assert set(thread_map(lambda _: threading.get_ident(), range(5), 1)) == {threading.get_ident()}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_no_more_than_twice_the_workers_is_taken_ahead_of_the_consumer(workers):
+    """What is done but not yet fetched is memory."""
+    taken = []
+
+    def items() -> Iterator[int]:
+        for i in range(100):
+            taken.append(i)
+            yield i
+
+    results = thread_map(str, items(), workers)
+    for fetched in range(1, 20):
+        next(results)
+        assert len(taken) <= fetched + 2 * workers
+    results.close()  # type: ignore[attr-defined]
+
+
+class Failure(Exception):
+    pass
+
+
+@WORKERS
+def test_an_error_is_raised_at_its_place_and_little_else_is_started(workers):
+    started = []
+
+    def work(i: int) -> int:
+        started.append(i)
+        if i == 10:
+            raise Failure("at item 10")
+        return i
+
+    got: list[int] = []
+    with pytest.raises(Failure, match="at item 10"):
+        got.extend(thread_map(work, range(1000), workers))
+    assert got == list(range(10))
+    assert len(started) <= 11 + 2 * max(workers, 1)
+    after = len(started)
+    time.sleep(0.02)
+    assert len(started) == after  # nothing goes on behind our back
+
+
+@WORKERS
+def test_an_error_of_the_items_themselves_is_raised_too(workers):
+    def items() -> Iterator[int]:
+        yield from range(3)
+        raise Failure("no more items")
+
+    with pytest.raises(Failure, match="no more items"):
+        list(thread_map(str, items(), workers))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_whoever_stops_fetching_stops_the_work(workers):
+    before, started = threading.active_count(), []
+
+    def work(i: int) -> int:
+        started.append(i)
+        return i
+
+    results = thread_map(work, range(1000), workers)
+    assert [next(results) for _ in range(5)] == list(range(5))
+    results.close()  # type: ignore[attr-defined]
+    assert len(started) <= 5 + 2 * workers
+    assert threading.active_count() == before
+
+
+# --- processes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("workers", "n"), [(1, 2000), (4, 999), (4, 0)])
+def test_short_lists_and_single_workers_stay_in_this_process(workers, n):
+    """What cannot be pickled would not reach another process."""
+    assert list(process_map(lambda i: (i, os.getpid()), list(range(n)), workers)) == [
+        (i, os.getpid()) for i in range(n)
+    ]
+
+
+def test_long_lists_go_to_other_processes_and_come_back_in_order():
+    items = [*(partial(operator.neg, i) for i in range(999)), os.getpid]
+    *results, process = process_map(operator.methodcaller("__call__"), items, 2)
+    assert results == [-i for i in range(999)]
+    assert process != os.getpid()
+
+
+# --- other people's threads ------------------------------------------------------------------------------
+
+
+def blas_threads() -> set[int]:
+    return {pool["num_threads"] for pool in threadpool_info()}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_libraries_use_one_thread_each_and_afterwards_what_they_used_before(fails):
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(3)
+    pools = blas_threads()
+    try:
+        with one_thread_each():
+            assert cv2.getNumThreads() == 1
+            assert blas_threads() <= {1}
+            if fails:
+                raise Failure
+    except Failure:
+        assert fails
+    try:
+        assert cv2.getNumThreads() == 3
+        assert blas_threads() == pools
+    finally:
+        cv2.setNumThreads(before)
