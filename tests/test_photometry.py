@@ -207,7 +207,7 @@ def test_frames_of_20_s_come_onto_the_scale_of_those_of_10_s(field, matched):
     mixed = field.match(frames, measures)
     ratio = gains(mixed) * times / gains(matched)
     np.testing.assert_allclose(ratio, np.broadcast_to(ratio[0], ratio.shape), rtol=1e-6)
-    np.testing.assert_allclose(np.median(gains(mixed), axis=0), 1, rtol=1e-6)  # the typical frame is one of 10 s
+    np.testing.assert_allclose(np.median(gains(mixed), axis=0), 1, rtol=0.01)  # the typical frame is one of 10 s
     np.testing.assert_allclose(
         [a.plane / ratio[0][:, None] for a in mixed.adjustments], [a.plane for a in matched.adjustments], atol=0.5
     )

@@ -1,7 +1,7 @@
 """Many frames into one tile, block by block: warp, adjust, reject, average while the pixels are in cache.
 
-Every route stacks frames through `coadd`; only which frames, onto which grid, differs. The result of a
-pixel does not depend on how the window is cut into blocks or how many workers share them.
+Every route stacks frames through `coadd`; only which frames, onto which grid, differs. The result is the same to the
+last bit however many workers share the blocks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zemosaic.calibrate import Repairs
-from zemosaic.combine import Clip, combine
+from zemosaic.combine import EVEN_NOISE, Clip, combine
 from zemosaic.execute import thread_map
 from zemosaic.frames import Frame
 from zemosaic.levels import Adjustment
@@ -129,6 +129,8 @@ def coadd(
     coverage, share = np.zeros(window.shape, np.float32), np.zeros(window.shape, np.float32)
     used, rejected = np.zeros(len(subs), np.int64), np.zeros(len(subs), np.int64)
     sky32 = sky.astype(np.float32)
+    noise = np.array([sub.noise for sub in subs])
+    even = bool((noise.max(axis=0) <= EVEN_NOISE * noise.min(axis=0)).all())
 
     def work(
         block: Window,
@@ -140,7 +142,7 @@ def coadd(
         if not who:
             return None
         sigma, weight = (np.array([getattr(subs[i], name) for i in who]).T for name in ("noise", "weight"))
-        result, keep = combine(stack, sigma, weight, sky32, clip, use_median=use_median)
+        result, keep = combine(stack, sigma, weight, sky32, clip, use_median=use_median, even=even)
         ys, xs = block.within(halo)
         valid = np.logical_not(np.isnan(stack).any(axis=0))
         return block, result[ys, xs], keep[:, ys, xs], valid[:, ys, xs], who

@@ -26,7 +26,10 @@ Rejection = Literal["winsorized_sigma_clip", "kappa_sigma", "linear_fit_clip", "
 STAR_TOLERANCE = 0.6
 
 _MODEL_WEIGHT = 10.0  # degrees of freedom that the noise model counts for against the sample's own scatter
-_EVEN_NOISE = 2.0  # ratio of the largest to the smallest noise up to which a plain median does
+#: Ratio of the largest to the smallest noise up to which samples count as even.
+EVEN_NOISE = 2.0
+
+_MIN_SLOPE = 5  # samples from which the inner ones tell a slope that an outlier does not make
 _NETWORK_LIMIT = 32  # up to this many samples a sorting network of whole planes beats a sort per pixel
 
 
@@ -57,6 +60,7 @@ def combine(
     clip: Clip,
     *,
     use_median: bool = False,
+    even: bool | None = None,
 ) -> tuple[FloatImage, NDArray[np.bool_]]:
     """Reject outliers, then take the weighted mean (or the median) of what is left.
 
@@ -74,6 +78,9 @@ def combine(
         Rejection.
     use_median : bool
         Median of the kept samples instead of their mean.
+    even : bool, optional
+        Whether the samples are of similar noise, so that a plain median will do as their centre, which is faster.
+        Looked up in `sigma` if not given; give it where a stack is cut into blocks.
 
     Returns
     -------
@@ -91,25 +98,33 @@ def combine(
         return np.moveaxis(np.where(valid, stack[:, 0], np.float32(np.nan)), 0, -1), valid
     count = valid.sum(axis=0, dtype=np.int32)
     keep = valid.copy()
+    if even is None:
+        even = float(sigma.max()) <= EVEN_NOISE * float(sigma.min())
     centres = []
     for samples, noise, level in zip(stack, sigma, sky, strict=True):
-        ordered, centre = _ranked(samples, noise, valid, count, clip.method == "linear_fit_clip")
+        ordered, centre = _ranked(samples, noise, valid, count, even, clip.method == "linear_fit_clip")
         centres.append(centre)
         if clip.method != "none" and len(samples) > 1:
             keep &= _belonging(samples, noise, valid, count, ordered, centre, level, clip, len(stack))
     if use_median:
         count = keep.sum(axis=0, dtype=np.int32)
         pairs = zip(stack, sigma, strict=True)
-        return np.stack([_ranked(samples, noise, keep, count, False)[1] for samples, noise in pairs], axis=-1), keep
+        return np.stack(
+            [_ranked(samples, noise, keep, count, even, False)[1] for samples, noise in pairs], axis=-1
+        ), keep
     parts = zip(stack, weight, centres, strict=True)
     return np.stack([_mean(samples, w, centre, keep) for samples, w, centre in parts], axis=-1), keep
 
 
 def _ranked(
-    samples: FloatImage, noise: FloatImage, valid: NDArray[np.bool_], count: NDArray[np.int32], whole: bool
+    samples: FloatImage,
+    noise: FloatImage,
+    valid: NDArray[np.bool_],
+    count: NDArray[np.int32],
+    even: bool,
+    whole: bool,
 ) -> tuple[FloatImage, FloatImage]:
-    """Samples of one channel in order, and their median: weighted by 1/sigma where their noise differs much."""
-    even = float(noise.max()) <= _EVEN_NOISE * float(noise.min())
+    """Samples of one channel in order, and their median: weighted by 1/sigma unless they are even."""
     if even:
         ordered = sort_planes(np.where(valid, samples, np.float32(np.inf)), whole)
         return ordered, median_of(ordered, count)
@@ -156,8 +171,9 @@ def _belonging(
     if clip.method == "winsorized_sigma_clip":
         excess = _shrunk(_winsorised_variance(z, n), n)
     elif clip.method == "linear_fit_clip":
-        typical = np.sqrt(np.mean(noise**2, axis=0))
-        excess = _shrunk((_order_slope(ordered, centre, count) / typical) ** 2, n)
+        typical = np.einsum("nhw,nhw->hw", np.broadcast_to(noise**2, z.shape), valid.astype(np.float32)) / n
+        found = _order_slope(ordered, centre, count) ** 2 / np.where(typical > 0, typical, 1)
+        excess = np.where(count >= _MIN_SLOPE, _shrunk(found.astype(np.float32), n), np.float32(1))
     # The median has a variance of its own: pi/2 over the sum of 1/sigma^2 for normal samples.
     total = np.einsum("nhw,nhw->hw", np.broadcast_to(precision**2, z.shape), valid.astype(np.float32))
     uncertain = np.float32(np.pi / 2) / np.where(total > 0, total, 1)
@@ -188,9 +204,9 @@ def _order_slope(ordered: FloatImage, centre: FloatImage, count: NDArray[np.int3
     """Slope of the inner sorted samples against normal order statistics: a scatter that two outliers do not move."""
     n = len(ordered)
     table = np.zeros((n + 1, n), np.float32)
-    for k in range(3, n + 1):
+    for k in range(_MIN_SLOPE, n + 1):
         quantile = norm.ppf((np.arange(1, k + 1) - 0.375) / (k + 0.25))  # Blom's approximation
-        inner = np.abs(quantile) < norm.ppf(0.8) + 1e-9 if k > 4 else np.ones(k, bool)
+        inner = np.abs(quantile) < norm.ppf(0.8) + 1e-9
         table[k, :k] = np.where(inner, quantile, 0) / np.sum(quantile[inner] ** 2)
     slope = np.zeros(centre.shape, np.float32)
     with np.errstate(invalid="ignore"):

@@ -214,8 +214,8 @@ def solve_gains(star: Ints, frame: Ints, flux: Floats, error: Floats, expected: 
     for c in range(channels):
         rows = np.flatnonzero(usable[:, c])
         gain[:, c] = solve((rows, c), star[rows], frame[rows], grey.unknowns, _COLOUR_PRIOR).unknowns[:, 0]
-    # One constant per channel is free: keep the typical frame as it is.
-    gain -= np.median(gain, axis=0) - np.median(start)
+    # One constant is free: keep the typical frame as it is, and the colours as they are.
+    gain -= np.median(grey.unknowns) - np.median(start)
     return np.exp(gain), grey
 
 

@@ -147,7 +147,8 @@ def warp_block(
     Returns
     -------
     part : ndarray
-        ``(h', w', C)`` float32, NaN outside the frame and where a kernel would touch missing data.
+        ``(h', w', C)`` float32, NaN outside the frame and within a pixel of missing data (which, beyond
+        that, counts as the mean of its surroundings).
     box : tuple of slice
         The rows and columns of the positions that `part` stands for: at the edges of a frame much of a block
         lies outside, and only the box that holds the rest is interpolated. None in place of both if no
@@ -187,7 +188,7 @@ def _interpolate(source: FloatImage, mx: FloatImage, my: FloatImage, edge: float
     damaged = bool(np.isnan(source.min()))
     if damaged:
         holes = np.isnan(source)
-        source = np.where(holes, np.float32(np.nanmedian(source)) if not holes.all() else np.float32(0), source)
+        source = _filled(source, holes)
     out = cv2.remap(source, mx, my, cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REFLECT_101)
     low, high = cv2.erode(source, _BOX), cv2.dilate(source, _BOX)
     # Only strong edges ring visibly; elsewhere the guard would shape the noise.
@@ -207,6 +208,14 @@ def _interpolate(source: FloatImage, mx: FloatImage, my: FloatImage, edge: float
         spread = cv2.remap(spread, mx, my, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
         out[(spread > 0) if spread.ndim == 3 else (spread > 0)[..., None]] = np.nan
     return out.astype(np.float32, copy=False)
+
+
+def _filled(source: FloatImage, holes: NDArray[np.bool_]) -> FloatImage:
+    """Missing pixels replaced by the mean of the valid ones within the kernel's reach."""
+    side = (2 * _KERNEL_REACH + 1, 2 * _KERNEL_REACH + 1)
+    total = cv2.boxFilter(np.where(holes, np.float32(0), source), -1, side, normalize=False)
+    share = cv2.boxFilter(np.where(holes, np.float32(0), np.float32(1)), -1, side, normalize=False)
+    return np.where(holes, total / np.maximum(share, 1), source).astype(np.float32)
 
 
 _BOX = np.ones((3, 3), np.uint8)
