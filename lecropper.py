@@ -96,6 +96,7 @@ def polish(mosaic: Mosaic, settings: Settings, events: Events, *, keep: float) -
 
     def note(key: str, **values: float) -> None:
         events.info(key, **values)
+        events.check_stop()
         history.append(render(key, values))
 
     if keep > 0:

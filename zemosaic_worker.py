@@ -117,8 +117,8 @@ class RouteResult:
 
 
 def run_hierarchical_mosaic(
-    input_folder: Path | Sequence[Path],
-    output_folder: Path,
+    input_folder: str | Path | Sequence[str | Path],
+    output_folder: str | Path,
     settings: Settings | None = None,
     *,
     sds: bool | None = None,
@@ -153,14 +153,18 @@ def run_hierarchical_mosaic(
     start = time.perf_counter()
     settings = settings or Settings()
     events = Events(progress_callback, settings.language, stop_requested)
-    inputs = [input_folder] if isinstance(input_folder, Path) else list(input_folder)
+    inputs = [Path(p) for p in ([input_folder] if isinstance(input_folder, (str, Path)) else input_folder)]
+    output_folder = Path(output_folder)
     routes = routes_for(settings, sds)
     budget = memory_budget(settings)
     scratch = Path(settings.coadd_memmap_dir) if settings.coadd_memmap_dir else output_folder
     try:
+        if output_folder.exists() and not output_folder.is_dir():
+            raise RunError(f"{output_folder} is a file: choose another output folder")
         with one_thread_each(), ArrayStore(_resident(settings, budget), scratch) as store:
             job, intake = prepare_job(inputs, output_folder, settings, events, store, budget, preplan_path_groups)
             route, made, failures = run_routes(routes, job)
+            events.check_stop()
             events.phase(9, "save")
             ledger = write_ledger(intake, job, made)
             facts = product_facts(job, route, made, failures)
@@ -175,8 +179,9 @@ def run_hierarchical_mosaic(
                 preview=preview_settings(settings),
             )
     except (FrameError, CanvasError, ProductError, LedgerError, OSError, MemoryError) as problem:
-        events.failed("run_error_failed", reason=problem)
-        raise RunError(str(problem) or type(problem).__name__) from problem
+        reason = f"{problem.path}: {problem}" if isinstance(problem, FrameError) else str(problem)
+        events.failed("run_error_failed", reason=reason)
+        raise RunError(reason or type(problem).__name__) from problem
     except RunError as problem:
         events.failed("run_error_failed", reason=problem)
         raise
@@ -211,7 +216,7 @@ def prepare_job(
     workers = worker_count(settings.num_processing_workers)
     calibration = load_calibration(settings.master_dark_path, settings.master_flat_path)
     events.phase(1, "scan")
-    intake = steps.scan(inputs, workers, events)
+    intake = steps.scan(inputs, workers, events, tiles=settings.use_existing_master_tiles)
     events.phase(2, "canvas")
     canvas = steps.place(intake, settings, events, budget)
     events.phase(3, "measure")
@@ -433,7 +438,7 @@ def match_tiles(paths: Sequence[Path], job: Job) -> tuple[list[Sub], Photometry]
     settings = job.settings
     if not settings.intertile_photometric_match:
         settings = settings.model_copy(update={"stacking_normalize_method": "none"})
-    tiles = steps.scan(paths, 1, Events(language=settings.language))
+    tiles = steps.scan(paths, 1, Events(language=settings.language), tiles=True)
     plain = settings.model_copy(update={"hot_pixel_correction": False})
     steps.measure_all(tiles, Calibration(), plain, job.workers, job.events)
     if not tiles.frames:
@@ -518,7 +523,10 @@ def write_ledger(intake: Intake, job: Job, made: RouteResult) -> Ledger:
         If a file is missing or in it twice: nothing may be lost on the way.
     """
     names = short_names(intake.files)
-    ledger = Ledger(FrameRecord(names[p], "rejected", why) for p, why in intake.rejected.items())
+    ledger = Ledger(
+        FrameRecord(names[p], "rejected", why, fwhm=intake.measured[p].fwhm if p in intake.measured else np.nan)
+        for p, why in intake.rejected.items()
+    )
     for sub, measure, outcome in zip(job.subs, intake.measures, made.outcomes, strict=True):
         frame, seen = sub.frame, outcome.used + outcome.rejected
         why = outcome.lost or ("" if outcome.used else "none of its pixels was used")

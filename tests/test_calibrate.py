@@ -211,6 +211,23 @@ def test_a_hot_pixel_two_fwhm_from_a_star_goes_and_the_star_stays(pattern, fwhm,
     assert max(abs(relative_change(clean, after, truth, star)) for star in stars) < 0.003
 
 
+@SENSORS
+def test_a_grain_of_dust_is_no_dead_pixel(pattern):
+    """A shadow with soft edges is shared by the neighbours, as a star is."""
+    shadow = light_of(star_field(2.5, (60, 300)), 2.5)
+    assert found_at(noisy(behind_filters(20000 - shadow, pattern)), pattern) == set()
+
+
+@SENSORS
+def test_photon_noise_in_a_bright_nebula_is_no_defect(pattern):
+    """Its brightest parts scatter three times as much as the middling ones that the threshold is taken from."""
+    y, x = np.indices(SHAPE)
+    light = 100 + 8000 * np.exp(-((y - 100) ** 2 + (x - 70) ** 2) / (2 * 50.0**2))
+    assert light.max() > 9 * np.median(light)
+    plane = np.random.default_rng(0).poisson(light).astype(np.float32)
+    assert len(found_at(plane, pattern)) <= 2
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_saturated_core_is_no_defect(pattern):
     plane = np.minimum(noisy(behind_filters(light_of(star_field(2.5, (1e4, 1e5)), 2.5), pattern)), 65535)
@@ -352,11 +369,15 @@ def test_the_colour_of_the_lamp_does_not_reach_the_picture(pattern, lamp):
     np.testing.assert_allclose(flat / np.median(flat), vignette() / np.median(vignette()), rtol=4e-3)
 
 
-def test_a_mono_flat_keeps_its_pattern_of_pixels():
-    """Per phase of a 2x2 cell would be one number too many: columns that see less light are just that."""
+def test_a_mono_flat_keeps_its_pattern_of_pixels(tmp_path):
+    """Columns that see less light are just that, unless they are a colour of their own."""
     flat = np.tile(np.array([1.0, 0.9], np.float32), (40, 20))
-    np.testing.assert_allclose(normalise_flat(flat, cell=1), flat / 0.95, rtol=1e-6)
-    np.testing.assert_allclose(normalise_flat(flat, cell=2), 1, rtol=1e-6)
+    mono, bayer = (
+        load_calibration("", save(tmp_path / f"{pattern}.fits", 20000 * flat, pattern)).flat
+        for pattern in (None, "RGGB")
+    )
+    np.testing.assert_allclose(mono, flat / 0.95, rtol=1e-6)
+    np.testing.assert_allclose(bayer, 1, rtol=1e-6)
 
 
 def test_a_pixel_that_the_flat_cannot_correct_is_no_data():

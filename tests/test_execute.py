@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import threading
 import time
 from collections.abc import Iterator
-from functools import partial
 
 import cv2
 import pytest
 from threadpoolctl import threadpool_info
 
-from zemosaic.execute import one_thread_each, process_map, thread_map, worker_count
+from zemosaic.execute import one_thread_each, thread_map, worker_count
 
 WORKERS = pytest.mark.parametrize("workers", [0, 1, 2, 5])
 
@@ -88,13 +86,15 @@ def test_an_error_is_raised_at_its_place_and_little_else_is_started(workers):
         started.append(i)
         if i == 10:
             raise Failure("at item 10")
+        if i > 10:
+            time.sleep(0.03)
         return i
 
     got: list[int] = []
     with pytest.raises(Failure, match="at item 10"):
         got.extend(thread_map(work, range(1000), workers))
     assert got == list(range(10))
-    assert len(started) <= 11 + 2 * max(workers, 1)
+    assert len(started) <= 11 + workers  # what was running when the error came
     after = len(started)
     time.sleep(0.02)
     assert len(started) == after  # nothing goes on behind our back
@@ -123,24 +123,6 @@ def test_whoever_stops_fetching_stops_the_work(workers):
     results.close()  # type: ignore[attr-defined]
     assert len(started) <= 5 + 2 * workers
     assert threading.active_count() == before
-
-
-# --- processes -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("workers", "n"), [(1, 2000), (4, 999), (4, 0)])
-def test_short_lists_and_single_workers_stay_in_this_process(workers, n):
-    """What cannot be pickled would not reach another process."""
-    assert list(process_map(lambda i: (i, os.getpid()), list(range(n)), workers)) == [
-        (i, os.getpid()) for i in range(n)
-    ]
-
-
-def test_long_lists_go_to_other_processes_and_come_back_in_order():
-    items = [*(partial(operator.neg, i) for i in range(999)), os.getpid]
-    *results, process = process_map(operator.methodcaller("__call__"), items, 2)
-    assert results == [-i for i in range(999)]
-    assert process != os.getpid()
 
 
 # --- other people's threads ------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ def test_thirty_stars_of_one_per_cent_give_gains_to_five_millimagnitudes(seed):
 def test_the_typical_frame_is_left_as_it_is():
     gain, _ = gains_of(observe())
     # One grey constant is free; colours are not shifted against each other by a median of their own.
-    np.testing.assert_allclose(np.median(gain, axis=0), 1, rtol=0.01)
+    np.testing.assert_allclose(np.median(gain, axis=0), 1, rtol=0.02)
     nights = observe()
     brighter, _ = gains_of(nights._replace(flux=nights.flux * 3, error=nights.error * 3))
     np.testing.assert_allclose(brighter, gain, rtol=1e-6)

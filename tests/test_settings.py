@@ -149,7 +149,7 @@ def test_coverage_threshold_is_clamped_with_a_warning(given: float, used: float)
         ({"global_coadd_k": math.nan}, ["global_coadd_k = nan"]),
         ({"sds_coverage_threshold": math.inf}, ["inf", "at least 0.1 and at most 0.99"]),
         ({"memory_gb": -1}, ["a number, above 0, or none"]),
-        ({"debayer": "nearest"}, ["'nearest'", "edge_aware | linear | bilinear"]),
+        ({"final_assembly_method": "nearest"}, ["'nearest'", "reproject_coadd | incremental"]),
         ({"sds_mode_default": "maybe"}, ["true | false"]),
         ({"output_name": 31}, ["output_name = 31", "text"]),
         ({"two_pass_cov_gain_clip": ["a", "b"]}, ["['a', 'b']", "two numbers"]),
@@ -167,7 +167,7 @@ def test_bad_value_is_one_sentence_with_key_value_and_range(values: dict, words:
 
 def test_all_problems_are_told_at_once():
     with pytest.raises(SettingsError) as caught:
-        settings_from({"nonsense": 1, "debayer": "x", "global_coadd_k": -1})
+        settings_from({"nonsense": 1, "final_assembly_method": "x", "global_coadd_k": -1})
     assert len(str(caught.value).splitlines()) == 3
 
 

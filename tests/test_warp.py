@@ -15,7 +15,7 @@ from scipy.special import ndtr
 
 from zemosaic.demo import tangent_header
 from zemosaic.tiles import Window
-from zemosaic.warp import MAP_TOLERANCE, PixelMap, pixel_map, warp_block
+from zemosaic.warp import PixelMap, pixel_map, warp_block
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -24,6 +24,7 @@ SENSORS = pytest.mark.parametrize("sensor", [*PATTERNS, "mono", "rgb"])
 SHAPE = (180, 210)
 SKY, NOISE = 1000.0, 25.0  # ADU
 EDGE = 20 * NOISE  # contrast from which the ringing guard acts, as in a coadd
+TOLERANCE = 0.01  # of the pixel map, pixels
 UNGUARDED = float("inf")
 
 Star = tuple[float, float, float]  # x, y, flux
@@ -97,7 +98,7 @@ OF_VIEWS = pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
 def test_the_sparse_map_agrees_with_the_exact_one(view):
     x, y, fx, fy = view.scattered()
     mx, my = view.map().at(x, y)
-    assert np.hypot(mx - fx, my - fy).max() < MAP_TOLERANCE
+    assert np.hypot(mx - fx, my - fy).max() < TOLERANCE
 
 
 @OF_VIEWS
@@ -106,7 +107,7 @@ def test_the_map_says_how_exact_it_is(view):
     made = view.map()
     mx, my = made.at(x, y)
     assert np.hypot(mx - fx, my - fy).max() < 1.2 * made.error + 1e-4
-    assert made.error < MAP_TOLERANCE
+    assert made.error < TOLERANCE
 
 
 def test_distortion_makes_the_grid_finer_where_it_must():
@@ -142,13 +143,13 @@ def test_the_nodes_themselves_are_exact():
 
 
 def test_a_distortion_that_runs_wild_outside_the_frame_does_no_harm_inside():
-    """Its polynomial may have no inverse out there; the nodes still are finite, and the frame is mapped right."""
-    view = View.of(shape=(120, 160), sip_px=10.0)
+    """Its polynomial has no inverse out there; the nodes still are finite, and the frame is mapped right."""
+    view = View.of(shape=(300, 400), sip_px=38.0)
     made = pixel_map(view.frame, view.shape, view.canvas, view.window.grow(300))
     assert np.isfinite(made.x).all() and np.isfinite(made.y).all()
     x, y, fx, fy = view.scattered()
     mx, my = made.at(x, y)
-    assert np.hypot(mx - fx, my - fy).max() < MAP_TOLERANCE
+    assert np.hypot(mx - fx, my - fy).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (2, 3)])

@@ -78,15 +78,15 @@ def _joins(
 
 
 def _nearest(centre: NDArray, angle: float, centres: NDArray, angles: NDArray, split_deg: float) -> int:
-    away = np.linalg.norm(centres - centre, axis=1)
-    return int(np.argmin(np.where(_aligned(angle, angles, split_deg), away, np.inf)))
+    near = _aligned(angle, angles, split_deg)
+    # Averaging may have turned every group away from a frame: then any will do.
+    away = np.where(near | ~near.any(), np.linalg.norm(centres - centre, axis=1), np.inf)
+    return int(np.argmin(away))
 
 
 def _aligned(angle: float, angles: NDArray, split_deg: float) -> NDArray[np.bool_]:
     turn = np.abs(np.angle(np.exp(1j * (angles - angle))))
-    near = turn <= np.deg2rad(split_deg)
-    # In the second pass a frame may have lost every group of its orientation to the averaging: then any will do.
-    return near if split_deg > 0 and near.any() else np.ones(len(angles), bool)
+    return (turn <= np.deg2rad(split_deg)) | (split_deg <= 0)
 
 
 def _cut(group: NDArray[np.int64], max_frames: int) -> list[NDArray[np.int64]]:

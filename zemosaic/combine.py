@@ -128,7 +128,12 @@ def _ranked(
     if even:
         ordered = sort_planes(np.where(valid, samples, np.float32(np.inf)), whole)
         return ordered, median_of(ordered, count)
-    return weighted_median(samples, noise, valid)
+    ordered, centre = weighted_median(samples, noise, valid)
+    worst = np.where(valid, noise, np.float32(0)).max(axis=0)
+    best = np.where(valid, noise, np.float32(np.inf)).min(axis=0)
+    # Two samples that are about as good as each other: what contaminates a pixel brightens it.
+    pair = (count == 2) & (worst <= EVEN_NOISE * best)
+    return ordered, np.where(pair, ordered[0], centre)
 
 
 def _mean(samples: FloatImage, weight: FloatImage, centre: FloatImage, keep: NDArray[np.bool_]) -> FloatImage:

@@ -123,8 +123,8 @@ class Frame:
         Why `wcs` is None; else empty.
     exposure : float or None
         Seconds.
-    filter, object, instrument : str
-        As in FILTER, OBJECT, INSTRUME; empty where the header does not say.
+    filter, object, instrument, creator : str
+        As in FILTER, OBJECT, INSTRUME, CREATOR; empty where the header does not say.
     gain : float or None
         Camera setting, in the camera's own units.
     egain : float or None
@@ -153,6 +153,7 @@ class Frame:
     filter: str = ""
     object: str = ""
     instrument: str = ""
+    creator: str = ""
     gain: float | None = None
     egain: float | None = None
     date_obs: str = ""
@@ -237,6 +238,7 @@ def read_frame(path: Path) -> Frame:
         filter=text(facts, "FILTER"),
         object=text(facts, "OBJECT"),
         instrument=text(facts, "INSTRUME"),
+        creator=text(facts, "CREATOR"),
         gain=number(facts, "GAIN"),
         egain=number(facts, "EGAIN", positive=True),
         date_obs=start_time(facts),

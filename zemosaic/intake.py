@@ -5,6 +5,7 @@ Each step keeps what it can use and says of everything else why not; nothing is 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from zemosaic.settings import Settings
 from zemosaic.stars import Aperture
 from zemosaic.warp import PixelMap, pixel_map
 
+_OUR_PRODUCTS = r"ZeMosaic( \d.*)?"
 _CANVAS_COPIES = 3  # of image and coverage that exist at the same time in the last steps of a run
 
 
@@ -40,12 +42,15 @@ class Intake:
         File → why it is not used.
     frames, measures : list
         What is still in, in order of time; `measures` from `measure_all` on.
+    measured : dict
+        File → its measure, also of frames that were left out afterwards.
     """
 
     files: list[Path]
     rejected: dict[Path, str] = field(default_factory=dict)
     frames: list[Frame] = field(default_factory=list)
     measures: list[FrameMeasure] = field(default_factory=list)
+    measured: dict[Path, FrameMeasure] = field(default_factory=dict)
 
     def drop(self, reasons: Sequence[str], events: Events, key: str = "run_warn_frame_left_out") -> None:
         """Leave out the frames that have a reason, keep those whose reason is empty."""
@@ -58,14 +63,24 @@ class Intake:
         self.measures = [self.measures[i] for i in stay] if self.measures else []
 
 
-def scan(inputs: Sequence[Path], workers: int, events: Events) -> Intake:
-    """Find the files and read their headers; frames come back in order of time, whatever the file order."""
+def scan(inputs: Sequence[Path], workers: int, events: Events, *, tiles: bool = False) -> Intake:
+    """Find the files and read their headers; frames come back in order of time, whatever the file order.
+
+    What this program made itself is no sub, should the output lie among the inputs; `tiles` lets it in.
+
+    Raises
+    ------
+    FrameError
+        If an input does not exist.
+    """
     files = find_files(inputs)
     events.info("run_info_scan_found", n=len(files))
     intake = Intake(files)
     step = max(1, len(files) // 50)
     for i, (path, found) in enumerate(zip(files, thread_map(_read, files, workers), strict=True), start=1):
         events.check_stop()
+        if isinstance(found, Frame) and not tiles and re.fullmatch(_OUR_PRODUCTS, found.creator):
+            found = "it is a mosaic or master tile made by this program, not a sub"
         if isinstance(found, Frame):
             intake.frames.append(found)
         else:
@@ -92,6 +107,8 @@ def place(intake: Intake, settings: Settings, events: Events, budget: int) -> Ca
     CanvasError
         If no canvas can be made of what is left, or it would not fit into `budget` bytes of memory.
     """
+    if not intake.files:
+        raise CanvasError("no frame was found: there is no FITS file among the inputs; name files or their folder")
     intake.drop([_unplaced(f) for f in intake.frames], events)
     colour = Counter(f.colour == "mono" for f in intake.frames).most_common(1)
     mono = colour[0][0] if colour else False
@@ -102,6 +119,7 @@ def place(intake: Intake, settings: Settings, events: Events, budget: int) -> Ca
         events,
     )
     intake.drop(find_strays(intake.frames), events, "run_warn_stray_pointing")
+    _check_left(intake)
     canvas = plan_canvas(intake.frames, settings)
     events.info("run_info_canvas", width=canvas.shape[1], height=canvas.shape[0], scale=canvas.scale)
     need = canvas.shape[0] * canvas.shape[1] * (2 if mono else 4) * 4 * _CANVAS_COPIES
@@ -113,6 +131,12 @@ def place(intake: Intake, settings: Settings, events: Events, budget: int) -> Ca
             "split the field"
         )
     return canvas
+
+
+def _check_left(intake: Intake) -> None:
+    if not intake.frames:
+        reason, count = Counter(intake.rejected.values()).most_common(1)[0]
+        raise CanvasError(f"no frame is left of {len(intake.files)} files; of {count} it is said: {reason}")
 
 
 def _unplaced(frame: Frame) -> str:
@@ -144,6 +168,7 @@ def measure_all(intake: Intake, calibration: Calibration, settings: Settings, wo
         events.progress("sds_measure", i, len(frames))
     intake.drop(reasons, events)
     intake.measures = measures
+    intake.measured = {frame.path: measure for frame, measure in zip(intake.frames, measures, strict=True)}
 
 
 def _measure(
@@ -172,7 +197,14 @@ def _measure(
 def match(
     intake: Intake, canvas: Canvas, settings: Settings, workers: int, events: Events
 ) -> tuple[list[Sub], Photometry]:
-    """Pixel maps and one photometric scale for all frames that are left."""
+    """Pixel maps and one photometric scale for all frames that are left.
+
+    Raises
+    ------
+    CanvasError
+        If none is left.
+    """
+    _check_left(intake)
 
     def work(frame: Frame) -> PixelMap:
         events.check_stop()
@@ -180,6 +212,13 @@ def match(
 
     maps = list(thread_map(work, intake.frames, workers))
     photometry = match_frames(intake.frames, intake.measures, maps, canvas, settings)
+    groups = len(set(photometry.sky_groups.tolist()))
+    events.info("run_info_levels_solved", frames=len(maps), groups=groups)
+    if groups > 1:
+        events.warning("run_warn_levels_groups", groups=groups)
+    if photometry.unmatched:
+        names = ", ".join(intake.frames[i].path.name for i in photometry.unmatched[:3])
+        events.warning("run_warn_few_stars", n=len(photometry.unmatched), examples=names)
     subs = [
         Sub(frame, measure.repairs, each, adjustment, noise, weight)
         for frame, measure, each, adjustment, noise, weight in zip(

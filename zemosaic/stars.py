@@ -21,6 +21,7 @@ _DETECT_SIGMA = 5.0
 _COMPANY = (0.01, 0.05, 0.25)  # flux of a neighbour that is tolerated, share of the star's own
 _ENOUGH = 30  # clean stars that are enough
 _ALONE_CELLS = 10.0  # distance of the next source from which a width is not spoilt by it
+_MAX_ELLIPTICITY = 0.6  # more is a piece of a trail
 _BACKGROUND_CELLS = 32  # size of the background mesh, 2x2 cells
 
 
@@ -258,7 +259,9 @@ def photometry(
         flux[:, c] = ((stamp - sky[:, None, None]) * share).sum(axis=(1, 2)) * 4
         error[:, c] = noise[c] * np.sqrt((share**2).sum(axis=(1, 2))) * 4
     core = peak[ys, xs].reshape(len(x), -1).max(axis=1)
-    clean = (core < 0.9 * saturation) & np.isfinite(flux).all(axis=1) & _isolated(detection, inside, aperture)
+    round_ = (detection.ellipticity < _MAX_ELLIPTICITY) & (detection.fwhm < 2 * detection.typical_fwhm())
+    clean = (core < 0.9 * saturation) & np.isfinite(flux).all(axis=1) & round_[inside]
+    clean &= _isolated(detection, inside, aperture)
     return Stars(x, y, flux, error, clean)
 
 
