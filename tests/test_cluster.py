@@ -125,9 +125,10 @@ TWO_NIGHTS = [0, 1, -1, 69, 70, 68]
 
 @pytest.mark.parametrize("place", PLACES[:3])
 def test_nights_of_different_orientation_are_split_where_asked_for(place):
-    frames = frames_at([(0, 0)] * 6, place, TWO_NIGHTS)
-    assert cluster_frames(frames, 0.05, 10.0) == [(0, 1, 2), (3, 4, 5)]
-    assert cluster_frames(frames, 0.05, 0.0) == [(0, 1, 2, 3, 4, 5)]
+    dithers = [(0.02, 0.01), (-0.02, 0.01), (0.01, -0.02), (0.0, 0.0), (0.02, 0.02), (-0.01, -0.02)]
+    frames = frames_at(dithers, place, TWO_NIGHTS)
+    assert cluster_frames(frames, 0.1, 10.0) == [(0, 1, 2), (3, 4, 5)]
+    assert cluster_frames(frames, 0.1, 0.0) == [(0, 1, 2, 3, 4, 5)]
 
 
 def test_half_a_turn_is_the_greatest_difference_and_a_full_turn_is_none():

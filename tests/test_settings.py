@@ -41,7 +41,7 @@ def test_defaults_keep_the_names_and_values_of_existing_configurations():
         5,
         10,
     )
-    assert (settings.global_coadd_method, settings.global_coadd_k) == ("kappa_sigma", 2.0)
+    assert (settings.global_coadd_method, settings.global_coadd_k) == ("kappa_sigma", 3.0)
     assert settings.two_pass_cov_gain_clip == (0.85, 1.18)
     assert settings.memory_gb is None
 
@@ -49,7 +49,7 @@ def test_defaults_keep_the_names_and_values_of_existing_configurations():
 def test_defaults_are_valid_and_settings_are_frozen():
     assert Settings(**Settings().model_dump()) == Settings()
     with pytest.raises(ValidationError):
-        Settings().global_coadd_k = 3.0
+        Settings().global_coadd_k = 4.0
 
 
 def test_no_name_is_both_used_and_unused():

@@ -337,6 +337,14 @@ def test_where_hardly_a_star_stands_alone_faint_company_is_tolerated_but_no_equa
     assert not equal.stars.clean.any()
 
 
+def test_a_piece_of_a_trail_is_not_clean():
+    stars, steps = star_field((2e5, 4e5))[1:], np.linspace(-8, 8, 33)
+    trail = [(28 + s, 28 + s / 3, 1e4) for s in steps]
+    look = look_at(record(light_of([*stars, *trail], 2.5), "GRBG"), "GRBG")
+    assert not look.stars.clean[look.nearest((28, 28, 0))]
+    assert all(look.stars.clean[look.nearest(star)] for star in stars)
+
+
 @SENSORS
 def test_stars_whose_ring_leaves_the_frame_are_not_measured(sensor):
     ny, nx = SHAPE
