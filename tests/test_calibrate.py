@@ -452,3 +452,42 @@ def test_a_colour_frame_was_debayered_by_others_and_is_not_searched(tmp_path):
     pixels, repairs = prepare(frame, Calibration())
     np.testing.assert_array_equal(pixels, colour)
     assert repairs is NO_REPAIRS
+
+
+@SENSORS
+@pytest.mark.parametrize("fwhm", [1.6, 2.0, 2.8])
+def test_the_gap_between_two_stars_is_no_dead_pixel(
+    pattern, fwhm
+):  # the two-sided form of ..._close_pairs_lose_no_light
+    rng = np.random.default_rng(5)
+    pairs: list[Star] = []
+    for x, y, flux in star_field(fwhm, (100, 400)):
+        angle, apart = rng.uniform(0, 2 * np.pi), fwhm * rng.uniform(0.8, 2.5)
+        pairs += [(x, y, flux), (x + apart * np.cos(angle), y + apart * np.sin(angle), flux * rng.uniform(0.2, 1))]
+    truth = behind_filters(light_of(pairs, fwhm), pattern)
+    plane = noisy(truth)
+    after = mended(plane, pattern)
+    assert max(abs(relative_change(plane, after, truth, pair)) for pair in pairs[::2]) < 0.003
+
+
+@pytest.mark.parametrize("fwhm", [2.0, 2.5, 3.0, 4.0])
+def test_a_saturated_core_of_a_mono_frame_is_no_defect(fwhm):  # None joins PATTERNS in ..._saturated_core_...
+    plane = np.minimum(noisy(light_of(star_field(fwhm, (1e4, 1e5)), fwhm)), 65535)
+    assert found_at(plane, None) == set()
+
+
+@SENSORS
+def test_a_hole_in_a_star_or_on_a_slope_is_not_filled(pattern):
+    plane = noisy(light_of([(60, 60, 5e4), (100, 40, 5e4)], 2.5)) + np.linspace(0, 1500, SHAPE[1], dtype=np.float32)
+    plane[60, 60] = plane[90, 3] = plane[90, 255] = plane[40:43, 99:103] = np.nan
+    np.testing.assert_array_equal(np.isnan(mended(plane, pattern)), np.isnan(plane))
+
+
+def test_colour_masters_serve_colour_frames_and_keep_their_balance(tmp_path):
+    flat = 20000 * vignette()[..., None] * np.array([0.4, 1.0, 0.7])
+    dark = np.full((*VIGNETTE_SHAPE, 3), 500.0)
+    paths = [save(tmp_path / f"{name}.fits", np.moveaxis(a, -1, 0)) for name, a in (("dark", dark), ("flat", flat))]
+    sky = np.array([0.8, 1.0, 0.6]) * 1500
+    recorded = (sky * vignette()[..., None] + dark).astype(np.float32)
+    ratio = load_calibration(*paths).apply(recorded, tmp_path / "sub.fit") / sky
+    np.testing.assert_allclose(ratio, np.median(ratio), rtol=2e-3)

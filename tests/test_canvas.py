@@ -314,3 +314,29 @@ def test_no_frames_have_no_strays():
 def test_when_all_are_left_out_each_has_its_reason():
     optics = {"focal_length": 250.0, "pixel_size": 2.9}
     assert list(strays([frame(83.0, 10.0, scale=9.0, **optics), frame(84.0, 10.0, scale=9.0, **optics)])) == [0, 1]
+
+
+POLES = {
+    "north pole": [frame(20.0, 90.0, 30.0)],
+    "south pole": [frame(20.0, -90.0, 30.0)],
+    "round the north pole": [frame(ra, 89.95, ra / 3) for ra in (0, 90, 200)],
+    "round the south pole": [frame(ra, -89.95, ra / 3, parity=-1) for ra in (10, 130, 250)],
+    "beside the pole": row(3, 20.0, 89.6),
+}
+OF_POLES = pytest.mark.parametrize("frames", POLES.values(), ids=POLES.keys())
+
+
+@OF_POLES
+@pytest.mark.parametrize("orientation", ["north_up", "median_pc"])
+def test_poles_every_frame_lies_wholly_on_the_canvas(frames, orientation):
+    test_every_frame_lies_wholly_on_the_canvas_and_in_its_window(frames, orientation)
+
+
+@OF_POLES
+def test_poles_the_canvas_is_no_larger_than_it_must_be(frames):
+    test_the_canvas_is_no_larger_than_it_must_be(frames)
+
+
+@OF_POLES
+def test_poles_have_no_strays(frames):
+    assert strays(frames) == {}

@@ -518,3 +518,8 @@ def test_frames_that_cannot_be_read_or_hold_no_star_do_not_choose_the_aperture(t
         measure(gone)
     assert choose_aperture([empty, gone], Calibration()) == Aperture(7.0, pytest.approx(9.8), 14.0)
     assert choose_aperture([], Calibration()).radius == Aperture().radius
+
+
+def test_a_frame_too_small_for_a_sky_block_has_no_blocks(tmp_path):
+    found = measure(saved(tmp_path / "sub.fit", np.zeros((6, 10))))
+    assert found.blocks.shape == (0, 1, 3) and np.isnan(found.sky).all()

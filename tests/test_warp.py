@@ -448,3 +448,30 @@ def test_the_result_does_not_depend_on_how_the_window_is_cut_into_blocks(sensor,
             np.testing.assert_allclose(part, whole, rtol=0, atol=0.02)
         else:
             np.testing.assert_array_equal(part, whole)
+
+
+@SENSORS
+@pytest.mark.parametrize("holes", [False, True])
+@pytest.mark.parametrize("view", BLOCK_VIEWS.values(), ids=BLOCK_VIEWS.keys())
+def test_bit_identical_however_the_window_is_cut_into_blocks(sensor, holes, view):
+    pixels, chart = busy(sensor), view.map()
+    if holes:
+        pixels[np.random.default_rng(0).random(pixels.shape) < 1e-3] = np.nan
+        pixels[30:60, 40:70] = np.nan
+    whole = in_blocks(pixels, sensor, chart, 4096)
+    for step in (19, 32, 64):
+        np.testing.assert_array_equal(in_blocks(pixels, sensor, chart, step), whole)
+
+
+@pytest.mark.parametrize("sensor", ["mono", "rgb"])
+@pytest.mark.parametrize("kind", ["disc", "edge", "star"])
+def test_beside_a_saturated_plateau_the_sky_is_not_undershot(sensor, kind):
+    y, x = np.indices(SHAPE)
+    light = {
+        "disc": np.where(np.hypot(x - 100.3, y - 90.6) < 8, 64000.0, 0.0),
+        "edge": np.where(x < 100, 64000.0, 0.0),
+        "star": np.minimum(light_of([(100.3, 90.6, 4e6)], 2.8), 64000),
+    }[kind]
+    for angle in (0.0, 8.0, 45.0):
+        picture = warp(record(SKY + light, sensor), sensor, turned(angle))
+        assert np.nanmin(picture) > SKY - 0.05 * 64000 - 6 * NOISE

@@ -144,6 +144,7 @@ def find_hot_pixels(plane: FloatImage, *, bayer: bool, sigma: float = 6.0) -> Re
                 sub = np.where(holes, np.median(sub[~holes]), sub)
             med = cv2.medianBlur(sub, 5)
             difference = sub - med
+            difference[holes] = 0  # what is missing is no defect
             smooth[y::step, x::step] = med
             excess[y::step, x::step] = difference
             limit[y, x] = sigma * max(1.4826 * float(np.median(np.abs(difference[::5, ::5]))), 1e-3)
@@ -155,12 +156,17 @@ def find_hot_pixels(plane: FloatImage, *, bayer: bool, sigma: float = 6.0) -> Re
     ys, xs = ys[strong], xs[strong]
     if not ys.size:
         return NO_REPAIRS
+    sides = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
     around = np.pad(excess, 1)
-    neighbours = np.stack(
-        [around[ys + 1 + dy, xs + 1 + dx] for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
-    )
+    neighbours = np.stack([around[ys + 1 + dy, xs + 1 + dx] for dy, dx in sides])
+    if not bayer:
+        # Inside a saturated core nothing exceeds its own surroundings: hold it against the candidate's as well.
+        raw = np.pad(plane, 1, constant_values=np.nan)
+        raw = np.stack([raw[ys + 1 + dy, xs + 1 + dx] for dy, dx in sides]) - smooth[ys, xs]
+        neighbours = np.fmax(neighbours, raw)
     own = excess[ys, xs]
-    neighbours *= np.sign(own)
+    # A gap between two stars is dark among bright neighbours; a dead pixel is dark on its own.
+    neighbours = np.where(own > 0, neighbours, np.abs(neighbours))
     lonely = neighbours.sum(axis=0) - neighbours.max(axis=0) < _LONELY * np.abs(own)
     ys, xs = ys[lonely], xs[lonely]
     return Repairs(np.ravel_multi_index((ys, xs), plane.shape), smooth[ys, xs])

@@ -129,7 +129,8 @@ def _scale_problems(frames: Sequence[Frame]) -> list[str]:
     reasons = []
     for frame, scale in zip(frames, scales, strict=True):
         peers = cameras[frame.instrument, frame.shape, frame.focal_length, frame.pixel_size]
-        expected, source = float(np.median(peers)), "the other frames of this camera have"
+        # The lower of the two middle ones: of two halves that contradict each other one must stay.
+        expected, source = sorted(peers)[(len(peers) - 1) // 2], "the other frames of this camera have"
         if len(peers) < 3 and frame.focal_length and frame.pixel_size:
             expected, source = (
                 206.265 * frame.pixel_size / frame.focal_length,
@@ -206,8 +207,8 @@ def plan_canvas(frames: Sequence[Frame], settings: Settings) -> Canvas:
         middle = to_vectors(*wcs.wcs_pix2world(*box, 0))
     pad = settings.global_wcs_padding_percent / 100
     nx, ny = (int(np.ceil(np.ptp(v) * (1 + 2 * pad))) + 2 for v in (x, y))
-    wcs = _tan(to_radec(middle), scale, rotation)
-    wcs.wcs.crpix = [(nx + 1) / 2, (ny + 1) / 2]
+    # Near a pole the box turns with the tangent point: it is placed where this very plane has it.
+    wcs.wcs.crpix = np.array([(nx + 1) / 2, (ny + 1) / 2]) - box
     wcs.wcs.set()
     wcs.pixel_shape = (nx, ny)
     return Canvas(wcs, (ny, nx), scale)

@@ -303,6 +303,8 @@ def block_medians(planes: list[Plane], cells: int) -> FloatImage:
     h, w = planes[0].data.shape
     by, bx = h // cells, w // cells
     out = np.empty((by, bx, len(planes)), np.float32)
+    if not out.size:
+        return out  # smaller than a box
     for c, plane in enumerate(planes):
         boxes = plane.data[: by * cells, : bx * cells].reshape(by, cells, bx, cells).transpose(0, 2, 1, 3)
         # A vectorised sort, which puts NaN last, is five times as fast as a selection per box.

@@ -16,7 +16,9 @@ from zemosaic.tiles import FloatImage, Window
 MAP_TOLERANCE = 0.01
 
 _KERNEL_REACH = 4  # Lanczos-4 looks at 8x8 pixels
-_RINGING_SLACK = 0.3  # share of the local range by which an honest interpolation may exceed it
+_LANES = 32  # pixels, a multiple of what any vector unit takes at a time
+_UNDERSHOOT = 0.03  # the same for an honest trough
+_RINGING_SLACK = 0.3  # share of the local range by which an honest peak may exceed it
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,8 @@ def warp_block(
     Notes
     -----
     Lanczos-4. Around bright, sharp edges (saturated cores) its negative lobes would ring: there the
-    result is held within the range of the 3x3 nearest pixels, widened by 30 %, the most that an honest star peak
-    between pixels needs.
+    result is held within the range of the 3x3 nearest pixels, widened upwards by 30 %, the most that an honest star
+    peak between pixels needs, and downwards by 3 %, in either case by a few times the noise at least.
     """
     ny, nx = pixels.shape[:2]
     x, y = positions
@@ -168,12 +170,13 @@ def warp_block(
         return None
     box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     x, y, inside = x[box], y[box], inside[box]
-    margin = _KERNEL_REACH + DEBAYER_MARGIN + 1
-    # Even corners keep the phase of the CFA.
+    margin = 2 * _KERNEL_REACH + DEBAYER_MARGIN + 1  # the kernel's reach, and that of what fills a hole in it
+    # Even corners keep the phase of the CFA. Filters round the columns at the end of a row that do not fill a
+    # vector register differently: with rows that start and end on whole registers, no result depends on the cut.
     y0 = max(0, int(y[inside].min()) - margin) // 2 * 2
-    x0 = max(0, int(x[inside].min()) - margin) // 2 * 2
+    x0 = max(0, int(x[inside].min()) - margin) // _LANES * _LANES
     y1 = min(ny, int(y[inside].max()) + margin + 2)
-    x1 = min(nx, int(x[inside].max()) + margin + 2)
+    x1 = min(nx, int(x[inside].max()) + margin + 2 + _LANES)
     source = pixels[y0:y1, x0:x1]
     source = debayer(source, bayer) if bayer else np.ascontiguousarray(source)
     # OpenCV rounds positions to 1/32 px; done here, the result cannot depend on where the part was cut out.
@@ -195,13 +198,17 @@ def _interpolate(source: FloatImage, mx: FloatImage, my: FloatImage, edge: float
     span = cv2.subtract(high, low)
     strong = (span if span.ndim == 2 else np.maximum(np.maximum(span[..., 0], span[..., 1]), span[..., 2])) > edge
     if strong.any():
-        near = cv2.remap(strong.astype(np.uint8), mx, my, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
+        # The kernel reaches an edge from three pixels away.
+        reached = cv2.dilate(strong.astype(np.uint8), np.ones((7, 7), np.uint8))
+        near = cv2.remap(reached, mx, my, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
         at = np.nonzero(near)
         y = np.clip(np.rint(my[at]).astype(int), 0, source.shape[0] - 1)
         x = np.clip(np.rint(mx[at]).astype(int), 0, source.shape[1] - 1)
         low, high = low[y, x], high[y, x]
-        slack = np.where(high - low > edge, np.float32(_RINGING_SLACK) * (high - low), np.float32(np.inf))
-        out[at] = np.clip(out[at], low - slack, high + slack)
+        span, noise = high - low, np.float32(edge / 4)
+        out[at] = np.clip(
+            out[at], low - np.maximum(_UNDERSHOOT * span, noise), high + np.maximum(_RINGING_SLACK * span, noise)
+        )
     out = out if out.ndim == 3 else out[..., None]
     if damaged:
         spread = cv2.dilate(holes.astype(np.uint8), np.ones((3, 3), np.uint8))
