@@ -7,6 +7,7 @@ of them touches a pixel value that stays. Each can be used alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -106,6 +107,16 @@ def polish(mosaic: Mosaic, settings: Settings, events: Events, *, keep: float) -
     if settings.two_pass_coverage_renorm:
         mosaic, stats = two_pass_renorm(mosaic, settings.two_pass_cov_sigma_px, settings.two_pass_cov_gain_clip)
         note("polish_two_pass", min=stats.gain_min, max=stats.gain_max)
+    mosaic = crop_edges(mosaic, settings, note)
+    if settings.global_wcs_autocrop_enabled:
+        mosaic, cut = autocrop(mosaic, settings.global_wcs_autocrop_margin_px)
+        box = cut.window
+        note("polish_autocrop", width=mosaic.shape[1], height=mosaic.shape[0], x0=box.x0, y0=box.y0)
+    return mosaic, tuple(history)
+
+
+def crop_edges(mosaic: Mosaic, settings: Settings, note: Callable[..., None]) -> Mosaic:
+    """Quality crop and alt-az clean-up as switched on, of a mosaic or of a master tile; `note` is told what went."""
     if settings.quality_crop_enabled:
         mosaic, crop = quality_crop(
             mosaic,
@@ -127,11 +138,7 @@ def polish(mosaic: Mosaic, settings: Settings, events: Events, *, keep: float) -
             settings.altaz_morph_open_px,
         )
         note("polish_altaz_cleanup", n=cleanup.n_removed)
-    if settings.global_wcs_autocrop_enabled:
-        mosaic, cut = autocrop(mosaic, settings.global_wcs_autocrop_margin_px)
-        box = cut.window
-        note("polish_autocrop", width=mosaic.shape[1], height=mosaic.shape[0], x0=box.x0, y0=box.y0)
-    return mosaic, tuple(history)
+    return mosaic
 
 
 def quality_crop(

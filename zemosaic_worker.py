@@ -12,6 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -215,6 +216,8 @@ def prepare_job(
     """Everything before the route: headers → canvas → stars and sky → gate → one photometric scale."""
     workers = worker_count(settings.num_processing_workers)
     calibration = load_calibration(settings.master_dark_path, settings.master_flat_path)
+    if settings.use_existing_master_tiles:
+        calibration, settings = Calibration(), _for_tiles(settings)
     events.phase(1, "scan")
     intake = steps.scan(inputs, workers, events, tiles=settings.use_existing_master_tiles)
     events.phase(2, "canvas")
@@ -254,13 +257,17 @@ def run_routes(routes: Sequence[str], job: Job) -> tuple[str, RouteResult, list[
         if failures:
             job.events.warning("run_warn_fallback", route=route)
         try:
-            return route, ROUTES[route](job), failures
+            made = ROUTES[route](job)
+            _with_data(made.mosaic)
+            return route, made, failures
         except Cancelled:
             raise
         except Exception as problem:  # whatever a route dies of, the next one must get its turn
             _logger.debug("route %s", route, exc_info=True)
-            failures.append(f"{route}: {problem or type(problem).__name__}")
-            job.events.error("run_error_route_failed", route=route, reason=problem or type(problem).__name__)
+            reason = str(problem) or type(problem).__name__
+            job.store.clear()
+            failures.append(f"{route}: {reason}")
+            job.events.error("run_error_route_failed", route=route, reason=reason)
     raise RunError("no route could make the mosaic (" + "; ".join(failures) + ")")
 
 
@@ -329,7 +336,8 @@ def _master_tiles(job: Job) -> RouteResult:
         outcomes = [Outcome(i, sub.frame.shape[0] * sub.frame.shape[1], 0) for i, sub in enumerate(job.subs)]
     else:
         events.phase(5, "master_tiles")
-        paths = build_master_tiles(job, outcomes, records)
+        with fresh_folder(job.output_folder, "master_tiles") as folder:
+            paths = build_master_tiles(job, folder, outcomes, records)
         events.phase(6, "intertile")
         tiles, photometry = match_tiles(paths, job)
     events.phase(7, "assembly")
@@ -350,8 +358,8 @@ def _master_tiles(job: Job) -> RouteResult:
     return RouteResult(mosaic, outcomes, records, history, cards)
 
 
-def build_master_tiles(job: Job, outcomes: list[Outcome], records: list[TileRecord]) -> list[Path]:
-    """Cluster the frames, stack each group, save it; fills in what became of every frame and tile.
+def build_master_tiles(job: Job, folder: Path, outcomes: list[Outcome], records: list[TileRecord]) -> list[Path]:
+    """Cluster the frames, stack each group, save it in `folder`; fills in what became of every frame and tile.
 
     A tile is a window of the global grid with a WCS of its own, so its frames are interpolated only once.
     """
@@ -362,7 +370,6 @@ def build_master_tiles(job: Job, outcomes: list[Outcome], records: list[TileReco
         settings.cluster_orientation_split_deg,
         settings.max_raw_per_master_tile,
     )
-    folder = fresh_folder(job.output_folder, "master_tiles")
     paths = []
     for index, group in enumerate(groups):
         events.progress("master_tiles", index, len(groups))
@@ -397,8 +404,9 @@ def build_master_tiles(job: Job, outcomes: list[Outcome], records: list[TileReco
     return paths
 
 
-def fresh_folder(parent: Path, name: str) -> Path:
-    """Make ``name``, ``name_2``, … in a folder: the first that no other run has taken."""
+@contextmanager
+def fresh_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Make ``name``, ``name_2``, … in a folder: the first that no other run has taken. Gone again if left empty."""
     parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}_{number}")
@@ -406,8 +414,12 @@ def fresh_folder(parent: Path, name: str) -> Path:
             folder.mkdir()
         except FileExistsError:
             continue
-        return folder
-    raise AssertionError("unreachable")
+        break
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):
+            folder.rmdir()  # which takes nothing but empty folders
 
 
 def finish_tile(tile: Tile, job: Job) -> tuple[Mosaic, str]:
@@ -419,6 +431,9 @@ def finish_tile(tile: Tile, job: Job) -> tuple[Mosaic, str]:
         ny, nx = picture.shape
         dy, dx = (int(size * settings.master_tile_crop_percent / 100) for size in (ny, nx))
         picture = picture.crop(Window(dy, ny - dy, dx, nx - dx))
+    if not (picture.coverage > 0).any():
+        return picture, "it holds no valid pixel"
+    picture = lecropper.crop_edges(picture, settings, job.events.detail)
     if settings.quality_gate_enabled:
         metrics = tile_metrics(
             picture.image,
@@ -430,20 +445,25 @@ def finish_tile(tile: Tile, job: Job) -> tuple[Mosaic, str]:
         reason = tile_gate(metrics, settings.quality_gate_threshold)
         if reason:
             return picture, reason
-    return picture, "" if (picture.coverage > 0).any() else "it holds no valid pixel"
+    return picture, ""
 
 
 def match_tiles(paths: Sequence[Path], job: Job) -> tuple[list[Sub], Photometry]:
     """The master tiles as frames of their own, matched to each other in gain and level."""
-    settings = job.settings
-    if not settings.intertile_photometric_match:
-        settings = settings.model_copy(update={"stacking_normalize_method": "none"})
+    settings = _for_tiles(job.settings)
     tiles = steps.scan(paths, 1, Events(language=settings.language), tiles=True)
-    plain = settings.model_copy(update={"hot_pixel_correction": False})
-    steps.measure_all(tiles, Calibration(), plain, job.workers, job.events)
+    steps.measure_all(tiles, Calibration(), settings, job.workers, job.events)
     if not tiles.frames:
         raise RunError("none of the master tiles can be read back")
     return steps.match(tiles, job.canvas, settings, job.workers, job.events)
+
+
+def _for_tiles(settings: Settings) -> Settings:
+    """The settings to measure and match master tiles with: no hot pixel is left in them."""
+    changes: dict[str, object] = {"hot_pixel_correction": False}
+    if not settings.intertile_photometric_match:
+        changes["stacking_normalize_method"] = "none"
+    return settings.model_copy(update=changes)
 
 
 def _read_tiles(tiles: Sequence[Sub], job: Job) -> Iterator[tuple[Sub, TilePixels]]:
@@ -494,7 +514,8 @@ def stack_subs(
 
 def _with_data(mosaic: Mosaic) -> Mosaic:
     """The mosaic itself, if there is anything on it."""
-    if not (mosaic.coverage > 0).any():
+    first = mosaic.image if mosaic.image.ndim == 2 else mosaic.image[..., 0]
+    if not (np.isfinite(first) & (mosaic.coverage > 0)).any():
         raise RunError("the mosaic has no valid pixel: every sample was rejected or missing")
     return mosaic
 

@@ -261,6 +261,18 @@ def test_coverage_is_conserved_on_a_turned_grid(method):
     assert mosaic.coverage.sum() == pytest.approx(7 * 90 * 100, rel=0.03)
 
 
+def test_a_step_of_coverage_within_a_tile_makes_no_hole_and_no_ghost(method):
+    """From 20 frames to 1, as at the rim of a rosette: weights stay between the two, and no pixel is lost."""
+    sub, pixels = seen((100, 75), 33, (90, 100))
+    coverage = np.ones((90, 100), np.float32)
+    even = rebuilt([(sub, TilePixels(pixels.image, coverage.copy()))], method)
+    coverage[:, :50] = 20
+    stepped = rebuilt([(sub, TilePixels(pixels.image, coverage))], method)
+    np.testing.assert_array_equal(stepped.coverage > 0, even.coverage > 0)
+    known = stepped.coverage[stepped.coverage > 0]
+    assert known.min() >= 1 - 1e-6 and known.max() <= 20 + 1e-4
+
+
 def test_gain_and_level_are_applied_before_tiles_are_mixed(method):
     """A tile that is dimmer, with a sky of its own that rises to one side, ends in step with its neighbour."""
     good, (sub, pixels) = cut(LEFT, truth()), cut(RIGHT, truth())
@@ -408,6 +420,22 @@ def test_a_coverage_of_another_shape_is_not_this_tiles(tmp_path):
     fits.HDUList(hdus).writeto(tmp_path / "tile.fits")
     back = read_master_tile(read_frame(tmp_path / "tile.fits"))
     np.testing.assert_array_equal(back.coverage, np.isfinite(tile.image).astype(np.float32))
+
+
+def test_pixels_without_coverage_do_not_count(tmp_path, method):
+    """A tile of another program that holds zeros where it has no data, and says so by its coverage."""
+    image, coverage = flat(1000)[LEFT.slices].copy(), np.full(LEFT.shape, 2, np.float32)
+    image[:50], coverage[:50] = 0, 0
+    wcs = CANVAS.wcs[LEFT.slices]
+    hdus = [fits.PrimaryHDU(image, wcs.to_header()), fits.ImageHDU(coverage, name="COVERAGE")]
+    fits.HDUList(hdus).writeto(tmp_path / "tile.fits")
+    back = read_master_tile(read_frame(tmp_path / "tile.fits"))
+    assert np.isnan(back.image[:50]).all()
+    mosaic = rebuilt([(cut(LEFT, flat(1000))[0], back)], method)
+    assert np.isnan(mosaic.image[:70]).all()
+    known = mosaic.coverage > 0
+    assert known[78:120, 10:120].all()
+    np.testing.assert_allclose(mosaic.image[known], 1000, rtol=1e-5)
 
 
 def test_a_table_named_coverage_is_no_map(tmp_path):

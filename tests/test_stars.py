@@ -322,12 +322,21 @@ def crowded(stars: Sequence[Star], distance: float, share: float) -> Look:
 
 
 @pytest.mark.parametrize(
-    ("distance", "share", "clean"), [(12, 0.5, False), (12, 0.05, False), (12, 0.005, True), (22, 0.5, True)]
+    ("distance", "share", "clean"), [(12, 0.5, False), (12, 0.05, True), (12, 0.005, True), (22, 0.5, True)]
 )
 def test_stars_with_a_neighbour_that_matters_are_not_clean(distance, share, clean):
     stars = star_field((4e5, 8e5))
     look = crowded(stars[:6], distance, share)
     assert [bool(look.stars.clean[look.nearest(star)]) for star in stars] == [clean] * 6 + [True] * 42
+
+
+def test_a_small_neighbour_makes_a_flux_less_certain():
+    stars = star_field((4e5, 8e5))
+    look = crowded(stars[:6], 12, 0.05)
+    relative = look.stars.error / look.stars.flux
+    at = [look.nearest(star) for star in stars]
+    np.testing.assert_allclose(relative[at[:6]], 0.3 * 0.05, rtol=0.3)
+    assert (relative[at[6:]] < 0.003).all()
 
 
 def test_where_hardly_a_star_stands_alone_faint_company_is_tolerated_but_no_equal():

@@ -98,10 +98,8 @@ def _warped(sub: Sub, pixels: TilePixels, block: Window, canvas_wcs: WCS) -> Lay
     warped = warp_block(pixels.image, None, positions, sub.edge)
     if warped is None:
         return None
-    image, (ys, xs) = warped
-    mx, my = (p[ys, xs].astype(np.float32) for p in positions)
-    weight = cv2.remap(pixels.coverage, mx, my, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    return _place(block, ys, xs), image, np.asarray(weight, np.float32)
+    image, box = warped
+    return _place(block, *box), image, _weight(pixels, positions)[box]
 
 
 def _reprojected(sub: Sub, pixels: TilePixels, block: Window, canvas_wcs: WCS) -> Layer | None:
@@ -114,13 +112,13 @@ def _reprojected(sub: Sub, pixels: TilePixels, block: Window, canvas_wcs: WCS) -
     )
     if any(part.stop <= part.start for part in near):
         return None
-    image, coverage = np.atleast_3d(pixels.image[near]), pixels.coverage[near]
+    image = np.atleast_3d(pixels.image[near])
     holes: NDArray[np.bool_] = np.isnan(image.sum(axis=2))
     if holes.all():
         return None
     filled = np.where(holes[..., None], np.nanmedian(image, axis=(0, 1)).astype(np.float32), image)
     there = np.where(holes, np.float32(0), np.float32(1))
-    planes = np.concatenate([np.moveaxis(filled, 2, 0), np.stack([coverage, there])])
+    planes = np.concatenate([np.moveaxis(filled, 2, 0), there[None]])
     assert sub.frame.wcs is not None
     made = reproject_interp(
         (planes, sub.frame.wcs[near]),
@@ -132,8 +130,15 @@ def _reprojected(sub: Sub, pixels: TilePixels, block: Window, canvas_wcs: WCS) -
     )
     # A spline of ones is one, except where it feels a hole: there the data are not complete.
     complete = np.abs(made[-1] - 1) < 1e-3
-    image = np.moveaxis(np.where(complete, made[:-2], np.nan), 0, 2).astype(np.float32)
-    return block, image, np.where(complete, np.maximum(made[-2], 0), 0).astype(np.float32)
+    image = np.moveaxis(np.where(complete, made[:-1], np.nan), 0, 2).astype(np.float32)
+    return block, image, _weight(pixels, positions)
+
+
+def _weight(pixels: TilePixels, positions: tuple[NDArray[np.float64], NDArray[np.float64]]) -> FloatImage:
+    """Coverage of a tile at the given positions: linear, because a spline overshoots at its steps, even below 0."""
+    x, y = (p.astype(np.float32) for p in positions)
+    weight = cv2.remap(pixels.coverage, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(weight, np.float32)
 
 
 def _place(block: Window, ys: slice, xs: slice) -> Window:

@@ -36,57 +36,49 @@ def cluster_frames(
     list of tuple of int
         Every frame in exactly one group; groups in order of their first frame.
     """
-    centre, angle = _pointings(frames)
+    centre, up = _pointings(frames)
     leaders: list[int] = []
     for i in range(len(frames)):
-        if (
-            not leaders
-            or not _joins(centre[i], angle[i], centre[leaders], angle[leaders], threshold_deg, split_deg).any()
-        ):
+        near = separation(centre[leaders], centre[i]) <= threshold_deg
+        if not (near & _aligned(up[i], up[leaders], split_deg)).any():
             leaders.append(i)
-    middle, turn = centre[leaders], angle[leaders]
-    label = np.zeros(len(frames), np.int64)
+    middle, turn = centre[leaders], up[leaders]
     for _ in range(2):  # once to the leaders, once to the middles of what they gathered
-        label = np.array([_nearest(c, a, middle, turn, split_deg) for c, a in zip(centre, angle, strict=True)])
-        kept = np.unique(label)
-        middle = np.stack([centre[label == k].mean(axis=0) for k in kept])
-        turn = np.array([np.angle(np.exp(1j * angle[label == k]).mean()) for k in kept])
-        label = np.searchsorted(kept, label)
-    groups = [np.flatnonzero(label == k) for k in np.unique(label)]
-    parts = [part for group in groups for part in _cut(group, max_frames)]
+        label = np.array([_nearest(c, u, middle, turn, split_deg) for c, u in zip(centre, up, strict=True)])
+        members = [np.flatnonzero(label == k) for k in np.unique(label)]
+        middle, turn = (_unit(np.array([v[group].mean(axis=0) for group in members])) for v in (centre, up))
+    parts = [part for group in members for part in _cut(group, max_frames)]
     return [tuple(int(i) for i in part) for part in sorted(parts, key=lambda part: part[0])]
 
 
 def _pointings(frames: Sequence[Frame]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Unit vectors ``(n, 3)`` of the centres, and directions ``(n,)`` of the y axes from north, radians."""
-    centres, angles = [], []
+    """Unit vectors ``(n, 3)`` of the centres, and of the directions of the y axes there.
+
+    Vectors, not angles from north: around a pole north turns by more from frame to frame than the frames do.
+    """
+    points = []
     for frame in frames:
         assert frame.wcs is not None
         ny, nx = frame.shape
         x, y = (nx - 1) / 2, (ny - 1) / 2
-        ra, dec = frame.wcs.all_pix2world([x, x], [y, y + 1], 0)
-        centres.append(to_vectors(ra[0], dec[0]))
-        east = ((ra[1] - ra[0] + 180) % 360 - 180) * np.cos(np.deg2rad(dec[0]))
-        angles.append(np.arctan2(east, dec[1] - dec[0]))
-    return np.array(centres), np.array(angles)
+        points.append(to_vectors(*frame.wcs.all_pix2world([x, x], [y, y + 1], 0)))
+    centre, above = np.moveaxis(np.array(points), 1, 0)
+    return centre, _unit(above - centre)
 
 
-def _joins(
-    centre: NDArray, angle: float, centres: NDArray, angles: NDArray, threshold_deg: float, split_deg: float
-) -> NDArray[np.bool_]:
-    return (separation(centres, centre) <= threshold_deg) & _aligned(angle, angles, split_deg)
+def _unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def _nearest(centre: NDArray, angle: float, centres: NDArray, angles: NDArray, split_deg: float) -> int:
-    near = _aligned(angle, angles, split_deg)
-    # Averaging may have turned every group away from a frame: then any will do.
-    away = np.where(near | ~near.any(), np.linalg.norm(centres - centre, axis=1), np.inf)
-    return int(np.argmin(away))
+def _nearest(centre: NDArray, up: NDArray, centres: NDArray, ups: NDArray, split_deg: float) -> int:
+    aligned = _aligned(up, ups, split_deg)
+    # A frame may have lost every group of its orientation to the averaging: then any will do.
+    away = np.linalg.norm(centres - centre, axis=1)
+    return int(np.argmin(np.where(aligned, away, np.inf) if aligned.any() else away))
 
 
-def _aligned(angle: float, angles: NDArray, split_deg: float) -> NDArray[np.bool_]:
-    turn = np.abs(np.angle(np.exp(1j * (angles - angle))))
-    return (turn <= np.deg2rad(split_deg)) | (split_deg <= 0)
+def _aligned(up: NDArray, ups: NDArray, split_deg: float) -> NDArray[np.bool_]:
+    return separation(ups, up) <= (split_deg or 180.0)
 
 
 def _cut(group: NDArray[np.int64], max_frames: int) -> list[NDArray[np.int64]]:

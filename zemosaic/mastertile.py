@@ -82,4 +82,5 @@ def read_master_tile(frame: Frame) -> TilePixels:
         stored = np.asarray(hdus["COVERAGE"].data, np.float32)
         if stored.shape == valid.shape:
             coverage = np.where(valid, stored, np.float32(0))
+            image[coverage <= 0] = np.nan  # another program may have written zeros there
     return TilePixels(image, coverage)

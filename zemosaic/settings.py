@@ -260,7 +260,9 @@ class Settings(BaseModel):
         True, "Take a band of another brightness for real signal, and cut only what is too noisy."
     )
     quality_gate_enabled: bool = _setting(False, "Leave out tiles whose quality is too poor.")
-    quality_gate_threshold: float = _setting(0.48, "Score above which a tile is rejected.", ge=0)
+    quality_gate_threshold: float = _setting(
+        0.48, "Score under which a tile is rejected, 0 = useless, 1 = flawless.", ge=0
+    )
     quality_gate_edge_band_px: int = _setting(64, "Width of the edge band that the gate looks at.", "px", ge=1)
     quality_gate_k_sigma: float = _setting(2.5, "How far an edge must stand out to count as bad.", "sigma", gt=0)
     quality_gate_erode_px: int = _setting(3, "Pixels taken off the mask before measuring.", "px", ge=0)

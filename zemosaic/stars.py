@@ -18,8 +18,8 @@ from zemosaic.tiles import FloatImage
 
 _MAX_STARS = 400  # brightest detections that are measured
 _DETECT_SIGMA = 5.0
-_COMPANY = (0.01, 0.05, 0.25)  # flux of a neighbour that is tolerated, share of the star's own
-_ENOUGH = 30  # clean stars that are enough
+_MAX_COMPANY = 0.25  # flux of a neighbour that is tolerated, share of the star's own
+_COMPANY_ERROR = 0.3  # share of a neighbour's flux by which it may differ from frame to frame
 _ALONE_CELLS = 10.0  # distance of the next source from which a width is not spoilt by it
 _MAX_ELLIPTICITY = 0.6  # more is a piece of a trail
 _BACKGROUND_CELLS = 32  # size of the background mesh, 2x2 cells
@@ -261,27 +261,21 @@ def photometry(
     core = peak[ys, xs].reshape(len(x), -1).max(axis=1)
     round_ = (detection.ellipticity < _MAX_ELLIPTICITY) & (detection.fwhm < 2 * detection.typical_fwhm())
     clean = (core < 0.9 * saturation) & np.isfinite(flux).all(axis=1) & round_[inside]
-    clean &= _isolated(detection, inside, aperture)
+    # All frames see the same neighbours, so that what they add is much the same in each, but for the seeing.
+    company = _company(detection, aperture)[inside]
+    error = np.hypot(error, _COMPANY_ERROR * company[:, None] * np.abs(flux))
+    clean &= company < _MAX_COMPANY
     return Stars(x, y, flux, error, clean)
 
 
-def _isolated(detection: Detection, inside: NDArray[np.bool_], aperture: Aperture) -> NDArray[np.bool_]:
-    """No detected neighbour of more than a small share of the flux near enough to reach into the aperture.
-
-    In a crowded field hardly any star passes; there more company is allowed, step by step: all frames see the same
-    neighbours, so that what they add is much the same in each.
-    """
+def _company(detection: Detection, aperture: Aperture) -> NDArray[np.float64]:
+    """Flux of the brightest detected neighbour near enough to reach into the aperture, share of the star's own."""
     points = np.c_[detection.x, detection.y]
     pairs = cKDTree(points).query_pairs((aperture.radius + aperture.inner) / 2, output_type="ndarray")
-    alone = inside
-    for share in _COMPANY:
-        crowded = np.zeros(len(points), bool)
-        for a, b in (pairs.T, pairs.T[::-1]):
-            np.logical_or.at(crowded, a, detection.flux[b] > share * detection.flux[a])
-        alone = inside & ~crowded
-        if np.count_nonzero(alone) >= _ENOUGH:
-            break
-    return alone[inside]
+    share = np.zeros(len(points))
+    for a, b in (pairs.T, pairs.T[::-1]):
+        np.maximum.at(share, a, np.maximum(detection.flux[b], 0) / np.maximum(detection.flux[a], 1e-9))
+    return share
 
 
 def plane_noise(plane: FloatImage) -> float:
