@@ -221,7 +221,7 @@ def prepare_job(
     events.phase(1, "scan")
     intake = steps.scan(inputs, workers, events, tiles=settings.use_existing_master_tiles)
     events.phase(2, "canvas")
-    canvas = steps.place(intake, settings, events, budget)
+    canvas = steps.place(intake, settings, events, budget, output_folder)
     events.phase(3, "measure")
     steps.measure_all(intake, calibration, settings, workers, events)
     gate(intake, settings, events)

@@ -19,6 +19,7 @@ from zemosaic.intake import Intake, match, measure_all, place, scan
 from zemosaic.settings import Settings
 
 PLENTY = 1 << 33  # bytes of memory
+HERE = Path(__file__).parent  # a folder on a disk with room
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +98,7 @@ def test_what_is_left_out_has_a_reason_and_what_stays_keeps_its_measure(intake):
 
 
 def test_the_canvas_holds_every_frame_at_the_scale_of_the_frames(intake, field):
-    canvas = place(intake, Settings(), Events(), PLENTY)
+    canvas = place(intake, Settings(), Events(), PLENTY, HERE)
     assert canvas.scale == pytest.approx(field.recipe.scale, rel=1e-3)
     ny, nx = canvas.shape
     for frame in intake.frames:
@@ -109,7 +110,7 @@ def test_a_frame_without_a_wcs_is_left_out_with_the_reason_its_header_gave(intak
     intake.frames[2] = replace(intake.frames[2], wcs=None, wcs_problem="the sidecar is of another image")
     intake.frames[4] = replace(intake.frames[4], wcs=None)
     left_out = [intake.frames[i].path for i in (2, 4)]
-    place(intake, Settings(), Events(), PLENTY)
+    place(intake, Settings(), Events(), PLENTY, HERE)
     assert intake.rejected[left_out[0]] == "the sidecar is of another image"
     assert "solve it first" in intake.rejected[left_out[1]]
 
@@ -118,41 +119,41 @@ def test_a_frame_without_a_wcs_is_left_out_with_the_reason_its_header_gave(intak
 def test_mono_and_colour_do_not_mix(intake, common, odd, word):
     intake.frames = [replace(frame, colour=odd if i == 3 else common) for i, frame in enumerate(intake.frames)]
     path = intake.frames[3].path
-    place(intake, Settings(), Events(), PLENTY)
+    place(intake, Settings(), Events(), PLENTY, HERE)
     assert list(intake.rejected) == [path]
     assert intake.rejected[path].startswith(f"it is {word} ")
 
 
 def test_bayer_and_rgb_are_both_colour(intake):
     intake.frames[3] = replace(intake.frames[3], colour="rgb", bayer=None)
-    place(intake, Settings(), Events(), PLENTY)
+    place(intake, Settings(), Events(), PLENTY, HERE)
     assert not intake.rejected
 
 
 def test_a_stray_pointing_does_not_make_a_monstrous_canvas(intake):
-    shape = place(intake, Settings(), Events(), PLENTY).shape
+    shape = place(intake, Settings(), Events(), PLENTY, HERE).shape
     away = intake.frames[0].wcs.deepcopy()
     away.wcs.crval = away.wcs.crval + [0, 40]
     stray = replace(intake.frames[0], path=Path("stray.fit"), wcs=away)
     intake.frames.append(stray)
-    assert place(intake, Settings(), Events(), PLENTY).shape == shape
+    assert place(intake, Settings(), Events(), PLENTY, HERE).shape == shape
     assert "40.0 deg" in intake.rejected[stray.path]
 
 
 def test_memory_is_counted_before_it_is_needed(intake):
     said: list[Event] = []
-    ny, nx = place(intake, Settings(), Events(said.append), PLENTY).shape
+    ny, nx = place(intake, Settings(), Events(said.append), PLENTY, HERE).shape
     (forecast,) = [event for event in said if event.key == "run_info_memory_forecast"]
     need = round(forecast.values["need_gb"] * 2**30)
     assert need >= ny * nx * 4 * 4  # three colours and the coverage at least
-    place(intake, Settings(), Events(), need)
-    with pytest.raises(CanvasError, match=rf"canvas of {nx} x {ny} px needs .* GB and the run may use .* GB"):
-        place(intake, Settings(), Events(), need - 1)
+    place(intake, Settings(), Events(), need, HERE)
+    with pytest.raises(CanvasError, match=rf"canvas of {nx} x {ny} px needs .* GB of memory and the run may use .* GB"):
+        place(intake, Settings(), Events(), need - 1, HERE)
 
 
 def test_nothing_left_to_place_is_an_error():
     with pytest.raises(CanvasError, match=r"no .*frame"):
-        place(Intake([]), Settings(), Events(), PLENTY)
+        place(Intake([]), Settings(), Events(), PLENTY, HERE)
 
 
 # --- measures -------------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ def test_a_dark_of_another_camera_is_told_by_every_frame_of_the_wrong_size(intak
 
 def test_every_frame_becomes_a_sub_on_one_photometric_scale(intake, field):
     """Gain times transparency is one number, to the few per cent that the few stars of a tiny field allow."""
-    canvas = place(intake, Settings(), Events(), PLENTY)
+    canvas = place(intake, Settings(), Events(), PLENTY, HERE)
     subs, photometry = match(measured(intake), canvas, Settings(), 1, Events())
     assert [sub.frame for sub in subs] == intake.frames
     truth = {frame.path: frame for frame in field.frames}
@@ -209,8 +210,15 @@ def test_every_frame_becomes_a_sub_on_one_photometric_scale(intake, field):
 
 def test_as_the_settings_say_frames_are_left_as_they_are(intake):
     settings = Settings(stacking_normalize_method="none", stacking_weighting_method="none")
-    canvas = place(intake, settings, Events(), PLENTY)
+    canvas = place(intake, settings, Events(), PLENTY, HERE)
     subs, _ = match(measured(intake), canvas, settings, 1, Events())
     for sub in subs:
         assert (sub.adjustment.gain == 1).all() and not sub.adjustment.plane.any()
         assert (sub.weight == 1).all()
+
+
+def test_a_mosaic_that_the_disk_cannot_hold_is_refused_with_the_numbers(intake, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(CanvasError, match=r"takes 0\.\d\d GB and .* has 0\.00 GB left"):
+        place(intake, Settings(), Events(), PLENTY, tmp_path / "not" / "there" / "yet")

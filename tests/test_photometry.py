@@ -73,7 +73,7 @@ def field(tmp_path_factory: pytest.TempPathFactory) -> Field:
     add_glow(truth)
     intake, events, settings = Intake([]), Events(), Settings()
     intake = scan([folder], 1, events)
-    canvas = place(intake, settings, events, 2**30)
+    canvas = place(intake, settings, events, 2**30, Path(__file__).parent)
     measure_all(intake, Calibration(), settings, 1, events)
     maps = [pixel_map(f.wcs, f.shape, canvas.wcs, canvas.window_of(f)) for f in intake.frames]
     assert [f.path for f in intake.frames] == truth.paths
@@ -241,7 +241,7 @@ def test_coarser_pixels_collect_more_sky_and_nebula_but_no_more_star(field, matc
     measures[4] = replace(measures[4], stars=replace(stars, x=(stars.x - 0.5) / 2, y=(stars.y - 0.5) / 2))
     gain = gains(field.match(frames, measures, match_background_for_final=False))
     ratio = gain / gains(matched)
-    np.testing.assert_allclose(ratio[4] / np.median(ratio, axis=0), 0.25, rtol=1e-3)
+    np.testing.assert_allclose(ratio[4] / np.median(ratio, axis=0), 0.25, rtol=3e-3)
 
 
 def without_stars(measure: FrameMeasure) -> FrameMeasure:

@@ -296,7 +296,7 @@ def test_little_memory_makes_the_same_mosaic(subs, scratch, tmp_path):
 
 
 def test_a_canvas_beyond_the_memory_is_refused_with_the_numbers(subs, tmp_path):
-    with pytest.raises(RunError, match=r"needs \d+\.\d GB and the run may use 0\.5 GB: allow more"):
+    with pytest.raises(RunError, match=r"needs \d+\.\d\d GB of memory and the run may use 0\.50 GB: allow more"):
         run_hierarchical_mosaic(subs, tmp_path, quick(memory_gb=0.5, global_wcs_res_override=0.02), sds=True)
     assert not list(tmp_path.iterdir())
 

@@ -6,6 +6,7 @@ Each step keeps what it can use and says of everything else why not; nothing is 
 from __future__ import annotations
 
 import re
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -99,13 +100,14 @@ def _read(path: Path) -> Frame | str:
         return str(problem)
 
 
-def place(intake: Intake, settings: Settings, events: Events, budget: int) -> Canvas:
+def place(intake: Intake, settings: Settings, events: Events, budget: int, output_folder: Path) -> Canvas:
     """Leave out what cannot share a canvas, then plan it.
 
     Raises
     ------
     CanvasError
-        If no canvas can be made of what is left, or it would not fit into `budget` bytes of memory.
+        If no canvas can be made of what is left, or it would not fit into `budget` bytes of memory or on the disk
+        of `output_folder`.
     """
     if not intake.files:
         raise CanvasError("no frame was found: there is no FITS file among the inputs; name files or their folder")
@@ -122,15 +124,29 @@ def place(intake: Intake, settings: Settings, events: Events, budget: int) -> Ca
     _check_left(intake)
     canvas = plan_canvas(intake.frames, settings)
     events.info("run_info_canvas", width=canvas.shape[1], height=canvas.shape[0], scale=canvas.scale)
-    need = canvas.shape[0] * canvas.shape[1] * (2 if mono else 4) * 4 * _CANVAS_COPIES
+    _check_room(canvas, 1 if mono else 3, budget, output_folder, events)
+    return canvas
+
+
+def _check_room(canvas: Canvas, channels: int, budget: int, output_folder: Path, events: Events) -> None:
+    """Refuse a canvas that neither memory nor disk can hold, with the numbers."""
+    ny, nx = canvas.shape
+    need = ny * nx * (channels + 1) * 4 * _CANVAS_COPIES
     events.info("run_info_memory_forecast", need_gb=need / 2**30, budget_gb=budget / 2**30)
     if need > budget:
         raise CanvasError(
-            f"a canvas of {canvas.shape[1]} x {canvas.shape[0]} px needs {need / 2**30:.1f} GB and the run may use "
-            f"{budget / 2**30:.1f} GB: allow more (memory_gb), choose a coarser scale (global_wcs_res_override) or "
+            f"a canvas of {nx} x {ny} px needs {need / 2**30:.2f} GB of memory and the run may use "
+            f"{budget / 2**30:.2f} GB: allow more (memory_gb), choose a coarser scale (global_wcs_res_override) or "
             "split the field"
         )
-    return canvas
+    product = ny * nx * (4 * channels + 5)  # image, coverage and alpha
+    parent = next(p for p in (output_folder, *output_folder.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(parent).free
+    if product > free:
+        raise CanvasError(
+            f"a mosaic of {nx} x {ny} px takes {product / 2**30:.2f} GB and {parent} has {free / 2**30:.2f} GB left: "
+            "make room, choose another output folder or a coarser scale (global_wcs_res_override)"
+        )
 
 
 def _check_left(intake: Intake) -> None:
