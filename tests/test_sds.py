@@ -621,7 +621,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     make_field(folder, panels=(2, 1), frames=12, shape=(160, 200), star_density=6000, nebula=40, trails=0, sky=300)
     settings = Settings(num_processing_workers=1, sds_target_batch_size=6, blur_filter=False)
     intake = scan([folder], 1, Events())
-    canvas = place(intake, settings, Events(), budget=1 << 33)
+    canvas = place(intake, settings, Events(), budget=1 << 33, output_folder=Path(__file__).parent)
     measure_all(intake, Calibration(), settings, 1, Events())
     subs, photometry = match(intake, canvas, settings, 1, Events())
     return Job(subs, canvas, photometry.sky, settings)
