@@ -19,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lecropper
-from zemosaic.calibrate import Calibration, prepare
+from zemosaic.calibrate import Calibration
 from zemosaic.canvas import Canvas
-from zemosaic.coadd import Coadd, Sub, block_side, coadd, deepest
+from zemosaic.coadd import Sub, block_side, deepest
 from zemosaic.combine import Clip, combine
 from zemosaic.events import Events
 from zemosaic.execute import thread_map
-from zemosaic.frames import FrameError
 from zemosaic.settings import Settings
+from zemosaic.stacking import load_pixels, stack_subs
 from zemosaic.stars import plane_noise
 from zemosaic.store import ArrayStore
 from zemosaic.tiles import FloatImage, Mosaic, Tile, Window, alpha_of
@@ -290,39 +290,19 @@ def build_megatile(
         Or None in place of both if no frame of the lot could be read.
     """
     start = time.perf_counter()
-    lost: dict[int, str] = {}
     with store.scratch() as shelf:
-
-        def load(i: int) -> FloatImage | None:
-            events.check_stop()
-            try:
-                return shelf.keep(prepare(subs[i].frame, calibration, subs[i].repairs)[0])
-            except FrameError as problem:
-                lost[i] = str(problem)
-                return None
-
-        loaded = list(thread_map(load, lot.members, workers))
-        there = [k for k, pixels in enumerate(loaded) if pixels is not None]
-        if not there:
+        pixels, lost = load_pixels(lot.members, subs, calibration, events, shelf, workers)
+        if not pixels:
             return None
-        clip = Clip(settings.stacking_rejection_algorithm, settings.stacking_kappa_low, settings.stacking_kappa_high)
-        made: Coadd = coadd(
-            [subs[lot.members[k]] for k in there],
-            [pixels for pixels in loaded if pixels is not None],
-            sky,
-            clip,
-            use_median=settings.stacking_final_combine_method == "median",
-            workers=workers,
-            check_stop=events.check_stop,
-            rest=shelf.release,
-        )
-    used, rejected = [0] * len(lot.members), [0] * len(lot.members)
-    for k, u, r in zip(there, made.used, made.rejected, strict=True):
-        used[k], rejected[k] = int(u), int(r)
+        there = [subs[i] for i in pixels]
+        made = stack_subs(there, list(pixels.values()), sky, settings, events, shelf, workers=workers)
+    used, rejected = dict.fromkeys(lot.members, 0), dict.fromkeys(lot.members, 0)
+    for i, u, r in zip(pixels, made.used, made.rejected, strict=True):
+        used[i], rejected[i] = int(u), int(r)
     window = made.tile.window
     tile = Tile(window, *(store.keep(a) for a in (made.tile.image, made.tile.coverage, made.tile.depth)))
     store.release()
-    report = LotReport(lot, window, tuple(used), tuple(rejected), lost, time.perf_counter() - start)
+    report = LotReport(lot, window, tuple(used.values()), tuple(rejected.values()), lost, time.perf_counter() - start)
     return tile, report
 
 

@@ -22,13 +22,12 @@ import psutil
 import lecropper
 from zemosaic import intake as steps
 from zemosaic.assembly import assemble
-from zemosaic.calibrate import Calibration, load_calibration, prepare
+from zemosaic.calibrate import Calibration, load_calibration
 from zemosaic.canvas import Canvas, CanvasError
 from zemosaic.cluster import cluster_frames
-from zemosaic.coadd import Coadd, Sub, coadd
-from zemosaic.combine import Clip
+from zemosaic.coadd import Coadd, Sub
 from zemosaic.events import Cancelled, Event, Events, render
-from zemosaic.execute import one_thread_each, thread_map, worker_count
+from zemosaic.execute import one_thread_each, worker_count
 from zemosaic.frames import FrameError
 from zemosaic.intake import Intake
 from zemosaic.ledger import FrameRecord, Ledger, LedgerError, TileRecord
@@ -37,6 +36,7 @@ from zemosaic.photometry import Photometry
 from zemosaic.preview import PreviewSettings
 from zemosaic.product import ProductError, ProductFacts, save_product
 from zemosaic.settings import Settings, settings_toml
+from zemosaic.stacking import load_pixels, stack_subs
 from zemosaic.store import ArrayStore
 from zemosaic.tiles import FloatImage, Mosaic, Tile, Window, alpha_of
 from zequalitymt import FrameMetrics, gate_frames, tile_gate, tile_metrics
@@ -312,10 +312,10 @@ def _mosaic_first(job: Job) -> RouteResult:
     """All frames straight onto the global canvas, block by block."""
     events, settings = job.events, job.settings
     events.phase(5, "mosaic_first")
-    pixels, lost = load_pixels(range(len(job.subs)), job, job.store)
+    pixels, lost = _load(range(len(job.subs)), job, job.store)
     there = [i for i in range(len(job.subs)) if i not in lost]
     whole = Window.of_shape(job.canvas.shape)
-    made = stack_subs([job.subs[i] for i in there], [pixels[i] for i in there], job, job.store, whole)
+    made = _stack([job.subs[i] for i in there], [pixels[i] for i in there], job, job.store, window=whole)
     job.store.clear()
     tile = made.tile
     mosaic = Mosaic(tile.image, tile.coverage, alpha_of(tile.coverage), job.canvas.wcs.deepcopy())
@@ -375,9 +375,9 @@ def build_master_tiles(job: Job, folder: Path, outcomes: list[Outcome], records:
         events.progress("master_tiles", index, len(groups))
         start = time.perf_counter()
         with job.store.scratch() as shelf:
-            pixels, lost = load_pixels(group, job, shelf)
+            pixels, lost = _load(group, job, shelf)
             there = [i for i in group if i not in lost]
-            made = stack_subs([job.subs[i] for i in there], [pixels[i] for i in there], job, shelf) if there else None
+            made = _stack([job.subs[i] for i in there], [pixels[i] for i in there], job, shelf) if there else None
         for i in lost:
             outcomes[i] = Outcome(index, 0, 0, lost[i])
         if made is None:
@@ -473,43 +473,13 @@ def _read_tiles(tiles: Sequence[Sub], job: Job) -> Iterator[tuple[Sub, TilePixel
     job.events.progress("phase5_incremental", len(tiles), len(tiles))
 
 
-def load_pixels(members: Iterable[int], job: Job, store: ArrayStore) -> tuple[dict[int, FloatImage], dict[int, str]]:
-    """Prepared pixels of some frames, and why others cannot be read any more."""
-    lost: dict[int, str] = {}
-
-    def load(i: int) -> FloatImage | None:
-        job.events.check_stop()
-        try:
-            return store.keep(prepare(job.subs[i].frame, job.calibration, job.subs[i].repairs)[0])
-        except FrameError as problem:
-            lost[i] = str(problem)
-            return None
-
-    members = list(members)
-    loaded = dict(zip(members, thread_map(load, members, job.workers), strict=True))
-    return {i: pixels for i, pixels in loaded.items() if pixels is not None}, lost
+def _stack(subs: Sequence[Sub], pixels: Sequence[FloatImage], job: Job, store: ArrayStore, **where: Window) -> Coadd:
+    sky, settings = job.photometry.sky, job.settings
+    return stack_subs(subs, pixels, sky, settings, job.events, store, workers=job.workers, **where)
 
 
-def stack_subs(
-    subs: Sequence[Sub],
-    pixels: Sequence[FloatImage],
-    job: Job,
-    store: ArrayStore,
-    window: Window | None = None,
-) -> Coadd:
-    """Coadd frames with the ``stacking_*`` settings."""
-    settings = job.settings
-    return coadd(
-        subs,
-        pixels,
-        job.photometry.sky,
-        Clip(settings.stacking_rejection_algorithm, settings.stacking_kappa_low, settings.stacking_kappa_high),
-        use_median=settings.stacking_final_combine_method == "median",
-        workers=job.workers,
-        window=window,
-        check_stop=job.events.check_stop,
-        rest=store.release,
-    )
+def _load(members: Iterable[int], job: Job, store: ArrayStore) -> tuple[dict[int, FloatImage], dict[int, str]]:
+    return load_pixels(members, job.subs, job.calibration, job.events, store, job.workers)
 
 
 def _with_data(mosaic: Mosaic) -> Mosaic:

@@ -582,10 +582,10 @@ def broken_mosaic_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """SDS and Mosaic-First fail: of the classic routes only the latter stacks onto the whole canvas."""
     stack = zemosaic_worker.stack_subs
 
-    def stack_tiles_only(*arguments: Any) -> Any:
-        if any(isinstance(argument, Window) for argument in arguments):
+    def stack_tiles_only(*arguments: Any, **options: Any) -> Any:
+        if any(isinstance(argument, Window) for argument in (*arguments, *options.values())):
             raise MemoryError("the canvas is too large")
-        return stack(*arguments)
+        return stack(*arguments, **options)
 
     monkeypatch.setattr(zemosaic_sds, "plan_lots", raising(ValueError("no plan")))
     monkeypatch.setattr(zemosaic_worker, "stack_subs", stack_tiles_only)
