@@ -229,11 +229,15 @@ def _publish(paths: ProductPaths) -> None:
 
 
 def _tidy(paths: ProductPaths) -> None:
-    """Remove what is only half done; without its FITS file there is no product at all."""
+    """Remove what is only half done; without its FITS file there is no product at all.
+
+    Once that is in place the claim is gone with it: a ``.part`` found then is another run's.
+    """
+    if paths.fits.exists():
+        return
     for path in (paths.settings, paths.preview):
         _part(path).unlink(missing_ok=True)
-        if not paths.fits.exists():
-            path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
     _part(paths.fits).unlink(missing_ok=True)
 
 
