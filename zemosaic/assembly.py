@@ -22,7 +22,7 @@ from zemosaic.tiles import FloatImage, Mosaic, Window, alpha_of
 from zemosaic.warp import warp_block
 
 Method = Literal["reproject_coadd", "incremental"]
-Layer = tuple[Window, FloatImage, FloatImage]
+Layer = tuple[FloatImage, FloatImage]
 
 _BLOCK = 512  # side of the blocks a tile is resampled in
 _SPLINE_REACH = 12  # px over which a cubic spline forgets its border
@@ -49,7 +49,7 @@ def assemble(
         ``(C,)`` common sky of the adjusted tiles, ADU.
     method : {"reproject_coadd", "incremental"}
         Resample through the reproject library (exact WCS at every pixel, bicubic) or with the project's own warp
-        (sparse exact map, Lanczos-4).
+        (sparse exact map, Lanczos-3).
     workers : int
         Threads.
     check_stop : callable
@@ -67,15 +67,16 @@ def assemble(
     resample = _reprojected if method == "reproject_coadd" else _warped
     for sub, pixels in tiles:
 
-        def work(block: Window, sub: Sub = sub, pixels: TilePixels = pixels) -> Layer | None:
+        def work(
+            block: Window, sub: Sub = sub, pixels: TilePixels = pixels
+        ) -> tuple[Window, FloatImage, FloatImage] | None:
             check_stop()
             layer = resample(sub, pixels, block, canvas.wcs)
             if layer is None:
                 return None
-            window, image, weight = layer
-            adjusted = np.empty((channels, *window.shape), np.float32)
-            sub.adjustment.apply(np.moveaxis(image, 2, 0), window, adjusted)
-            return window, adjusted, np.where(np.isnan(adjusted).any(axis=0), np.float32(0), weight)
+            image, weight = layer
+            sub.adjustment.apply(image, block, image)
+            return block, image, np.where(np.isnan(image).any(axis=0), np.float32(0), weight)
 
         for layer in thread_map(work, sub.window.blocks(_BLOCK), workers):
             if layer is not None:
@@ -93,13 +94,11 @@ def assemble(
 
 
 def _warped(sub: Sub, pixels: TilePixels, block: Window, canvas_wcs: WCS) -> Layer | None:
-    """A block of a tile by the sparse pixel map: window, image ``(h, w, C)`` and weight ``(h, w)``."""
-    positions = sub.pixel_map.block(block)
-    warped = warp_block(pixels.image, None, positions, sub.edge)
-    if warped is None:
+    """A block of a tile by the sparse pixel map: image ``(C, h, w)`` and weight ``(h, w)``."""
+    image = np.empty((len(sub.noise), *block.shape), np.float32)
+    if not warp_block(pixels.image, None, sub.pixel_map, block, sub.edge, image):
         return None
-    image, box = warped
-    return _place(block, *box), image, _weight(pixels, positions)[box]
+    return image, _weight(pixels, sub.pixel_map.block(block))
 
 
 def _reprojected(sub: Sub, pixels: TilePixels, block: Window, canvas_wcs: WCS) -> Layer | None:
@@ -130,8 +129,7 @@ def _reprojected(sub: Sub, pixels: TilePixels, block: Window, canvas_wcs: WCS) -
     )
     # A spline of ones is one, except where it feels a hole: there the data are not complete.
     complete = np.abs(made[-1] - 1) < 1e-3
-    image = np.moveaxis(np.where(complete, made[:-1], np.nan), 0, 2).astype(np.float32)
-    return block, image, _weight(pixels, positions)
+    return np.where(complete, made[:-1], np.nan).astype(np.float32), _weight(pixels, positions)
 
 
 def _weight(pixels: TilePixels, positions: tuple[NDArray[np.float64], NDArray[np.float64]]) -> FloatImage:
@@ -139,7 +137,3 @@ def _weight(pixels: TilePixels, positions: tuple[NDArray[np.float64], NDArray[np
     x, y = (p.astype(np.float32) for p in positions)
     weight = cv2.remap(pixels.coverage, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     return np.asarray(weight, np.float32)
-
-
-def _place(block: Window, ys: slice, xs: slice) -> Window:
-    return Window(block.y0 + ys.start, block.y0 + ys.stop, block.x0 + xs.start, block.x0 + xs.stop)

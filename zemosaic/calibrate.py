@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zemosaic.frames import Frame, FrameError, read_frame, read_pixels
+from zemosaic.kernels import debayer_part
 from zemosaic.tiles import FloatImage
 
 # A defect stands alone: the seven lowest of its eight direct neighbours together carry less than this
@@ -204,20 +205,6 @@ def prepare(
     return pixels, repairs
 
 
-# Gradient-corrected linear interpolation (H. S. Malvar, L. He, R. Cutler, ICASSP 2004), eighths.
-_G_AT_RB = np.array(
-    [[0, 0, -1, 0, 0], [0, 0, 2, 0, 0], [-1, 2, 4, 2, -1], [0, 0, 2, 0, 0], [0, 0, -1, 0, 0]], np.float32
-) / np.float32(8)
-_ALONG_ROW = np.array(
-    [[0, 0, 0.5, 0, 0], [0, -1, 0, -1, 0], [-1, 4, 5, 4, -1], [0, -1, 0, -1, 0], [0, 0, 0.5, 0, 0]],
-    np.float32,
-) / np.float32(8)
-_ALONG_COLUMN = np.ascontiguousarray(_ALONG_ROW.T)
-_ACROSS = np.array(
-    [[0, 0, -1.5, 0, 0], [0, 2, 0, 2, 0], [-1.5, 0, 6, 0, -1.5], [0, 2, 0, 2, 0], [0, 0, -1.5, 0, 0]],
-    np.float32,
-) / np.float32(8)
-
 #: Pixels around a region that its debayering looks at.
 DEBAYER_MARGIN = 2
 
@@ -241,27 +228,15 @@ def debayer(cfa: FloatImage, pattern: str) -> FloatImage:
     ndarray
         ``(ny, nx, 3)`` float32, red, green, blue.
     """
-    cells = {(i // 2, i % 2): colour for i, colour in enumerate(pattern)}
-    red_row = next(y for (y, _), colour in cells.items() if colour == "R")
+    # Mirrored without repeating the edge, which keeps the phase of the CFA.
+    border = (DEBAYER_MARGIN,) * 4
+    padded = cv2.copyMakeBorder(np.ascontiguousarray(cfa), *border, cv2.BORDER_REFLECT_101)
+    return debayer_part(padded, *red_site(pattern))
 
-    def smoothed(kernel: FloatImage) -> FloatImage:
-        # OpenCV's default border mirrors without repeating the edge, which keeps the CFA phase.
-        return cv2.filter2D(cfa, cv2.CV_32F, kernel, borderType=cv2.BORDER_REFLECT_101).astype(np.float32, copy=False)
 
-    green, row, column, across = (smoothed(k) for k in (_G_AT_RB, _ALONG_ROW, _ALONG_COLUMN, _ACROSS))
-    out = np.empty((*cfa.shape, 3), np.float32)
-    for (y, x), colour in cells.items():
-        at = (slice(y, None, 2), slice(x, None, 2))
-        if colour == "G":
-            red, blue = (row, column) if y == red_row else (column, row)
-            planes = (red, cfa, blue)
-        elif colour == "R":
-            planes = (cfa, green, across)
-        else:
-            planes = (across, green, cfa)
-        for channel, plane in enumerate(planes):
-            out[..., channel][at] = plane[at]
-    return out
+def red_site(pattern: str) -> tuple[int, int]:
+    """Row and column of the red pixel in a 2x2 cell."""
+    return divmod(pattern.index("R"), 2)
 
 
 def _like(master: FloatImage, pixels: FloatImage) -> FloatImage:

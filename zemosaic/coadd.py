@@ -23,7 +23,7 @@ from zemosaic.warp import PixelMap, warp_block
 _BLOCK_SAMPLES = 1_000_000  # samples of a block's stack: with its temporaries it stays in the outer cache
 _REST_BLOCKS = 64  # blocks between two rests
 _DEPTH_CELL = 128  # px: resolution at which overlaps are counted
-_GUARD_SIGMAS = 20.0  # contrast, in units of the noise, from which interpolation is guarded against ringing
+_GUARD_SIGMAS = 5.0  # departure from the nearest pixel, in units of the noise, from which ringing is guarded against
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Sub:
 
     @property
     def edge(self) -> float:
-        """Contrast, ADU of the frame, from which its interpolation is guarded against ringing."""
+        """Departure from the nearest pixel, ADU of the frame, from which interpolation is guarded against ringing."""
         return _GUARD_SIGMAS * float(np.max(self.noise / self.adjustment.gain))
 
 
@@ -167,25 +167,28 @@ def coadd(
 
 def warp_stack(subs: Sequence[Sub], pixels: Sequence[FloatImage], block: Window) -> tuple[FloatImage, list[int]]:
     """Adjusted pixels of all frames that touch a block: ``(C, n, h, w)`` and which frames they are."""
-    layers: list[tuple[FloatImage, Window]] = []
+    touching = [i for i, sub in enumerate(subs) if block.intersect(sub.window).area]
+    channels = len(subs[0].noise)
+    stack = np.empty((channels, len(touching), *block.shape), np.float32)
     who: list[int] = []
-    for i, (sub, data) in enumerate(zip(subs, pixels, strict=True)):
+    for i in touching:
+        sub, layer = subs[i], stack[:, len(who)]
         box = block.intersect(sub.window)
-        if not box.area:
-            continue
-        warped = warp_block(data, sub.frame.bayer, sub.pixel_map.block(box), sub.edge)
-        if warped is None:
-            continue
-        layer, (ys, xs) = warped
-        layers.append((layer, Window(box.y0 + ys.start, box.y0 + ys.stop, box.x0 + xs.start, box.x0 + xs.stop)))
-        who.append(i)
-    if not layers:
-        return np.zeros((0, 0, *block.shape), np.float32), who
-    stack = np.full((layers[0][0].shape[2], len(layers), *block.shape), np.nan, np.float32)
-    for k, (i, (layer, box)) in enumerate(zip(who, layers, strict=True)):
+        if box != block:
+            layer[...] = np.nan
         ys, xs = box.within(block)
-        subs[i].adjustment.apply(np.moveaxis(layer, 2, 0), box, stack[:, k, ys, xs])
-    return stack, who
+        if warp_block(
+            pixels[i],
+            sub.frame.bayer,
+            sub.pixel_map,
+            box,
+            sub.edge,
+            layer[:, ys, xs],
+            sub.adjustment.gain,
+            sub.adjustment.plane_on(box),
+        ):
+            who.append(i)
+    return stack[:, : len(who)], who
 
 
 def deepest(windows: Sequence[Window]) -> int:

@@ -353,10 +353,19 @@ class Adjustment:
 
     def apply(self, image: FloatImage, block: Window, out: FloatImage) -> None:
         """Write the adjusted ``(C, h, w)`` canvas pixels of `block` into `out` of the same shape."""
-        cy, cx, hy, hx = window_frame(self.window)
-        u = (np.arange(block.x0, block.x1) - cx) / hx
-        v = (np.arange(block.y0, block.y1) - cy) / hy
-        for plane, target, gain, (level, slope_u, slope_v) in zip(image, out, self.gain, self.plane, strict=True):
+        y, x = np.ogrid[: block.shape[0], : block.shape[1]]
+        for plane, target, gain, (level, along_x, along_y) in zip(
+            image, out, self.gain, self.plane_on(block), strict=True
+        ):
             np.multiply(plane, np.float32(gain), out=target)
-            target -= (slope_u * u).astype(np.float32)
-            target -= (level + slope_v * v).astype(np.float32)[:, None]
+            target -= (along_x * x).astype(np.float32)
+            target -= (level + along_y * y).astype(np.float32)
+
+    def plane_on(self, block: Window) -> Floats:
+        """What is subtracted on a block of the canvas, ``(C, 3)``: at its first pixel, per column and per row."""
+        cy, cx, hy, hx = window_frame(self.window)
+        level, slope_u, slope_v = self.plane.T
+        return np.stack(
+            [level + slope_u * (block.x0 - cx) / hx + slope_v * (block.y0 - cy) / hy, slope_u / hx, slope_v / hy],
+            axis=1,
+        )

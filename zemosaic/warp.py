@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -9,16 +10,14 @@ import numpy as np
 from astropy.wcs import WCS, NoConvergence
 from numpy.typing import NDArray
 
-from zemosaic.calibrate import DEBAYER_MARGIN, debayer
+from zemosaic.calibrate import DEBAYER_MARGIN, red_site
+from zemosaic.kernels import LANCZOS_REACH, debayer_part, lanczos, lanczos_table
 from zemosaic.tiles import FloatImage, Window
 
 #: Largest tolerated error of the interpolated pixel map, pixels.
 MAP_TOLERANCE = 0.01
 
-_KERNEL_REACH = 4  # Lanczos-4 looks at 8x8 pixels
-_LANES = 32  # pixels, a multiple of what any vector unit takes at a time
-_UNDERSHOOT = 0.03  # the same for an honest trough
-_RINGING_SLACK = 0.3  # share of the local range by which an honest peak may exceed it
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -39,19 +38,39 @@ class PixelMap:
 
     window: Window
     step: int
-    x: NDArray[np.float64]
-    y: NDArray[np.float64]
+    x: Floats
+    y: Floats
     error: float
 
-    def block(self, block: Window) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def block(self, block: Window) -> tuple[Floats, Floats]:
         """Frame positions ``x, y`` of every pixel of `block`, each ``(h, w)`` float64."""
-        rows = _hat_weights(np.arange(block.y0, block.y1) - self.window.y0, self.step, self.x.shape[0])
-        cols = _hat_weights(np.arange(block.x0, block.x1) - self.window.x0, self.step, self.x.shape[1])
-        (i0, i1, wr), (j0, j1, wc) = rows, cols
-        x, y = (wr @ grid[i0:i1, j0:j1] @ wc.T for grid in (self.x, self.y))
+        return self._grid(np.arange(block.y0, block.y1), np.arange(block.x0, block.x1))
+
+    def reach(self, block: Window) -> tuple[float, float, float, float]:
+        """Least and greatest x, then y, that the pixels of `block` have in the frame; NaN if none is known."""
+        # Bilinear within the cells: the extremes are at the corners of what the block has of each.
+        rows = self._seams(block.y0, block.y1, self.window.y0)
+        x, y = self._grid(rows, self._seams(block.x0, block.x1, self.window.x0))
+        known = np.isfinite(x) & np.isfinite(y)
+        if not known.any():
+            return (math.nan,) * 4
+        x, y = x[known], y[known]
+        return float(x.min()), float(x.max()), float(y.min()), float(y.max())
+
+    def _seams(self, start: int, stop: int, origin: int) -> NDArray[np.int64]:
+        """Ends of a range of rows or columns, and the nodes between them."""
+        first = origin - (origin - start) // self.step * self.step
+        return np.unique(np.r_[start, np.arange(first, stop - 1, self.step), stop - 1])
+
+    def _grid(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """Frame positions where some rows and columns of the canvas, in ascending order, cross."""
+        i, down = _cells(rows - self.window.y0, self.step, self.x.shape[0])
+        j, along = _cells(columns - self.window.x0, self.step, self.x.shape[1])
+        lines = (g[i] * (1 - down[:, None]) + g[i + 1] * down[:, None] for g in (self.x, self.y))
+        x, y = (line[:, j] * (1 - along) + line[:, j + 1] * along for line in lines)
         return x, y
 
-    def at(self, x: NDArray, y: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def at(self, x: NDArray, y: NDArray) -> tuple[Floats, Floats]:
         """Frame positions of canvas points ``(n,)`` inside the window."""
         u = np.clip((np.asarray(x) - self.window.x0) / self.step, 0, self.x.shape[1] - 1.000001)
         v = np.clip((np.asarray(y) - self.window.y0) / self.step, 0, self.x.shape[0] - 1.000001)
@@ -64,16 +83,10 @@ class PixelMap:
         return fx, fy
 
 
-def _hat_weights(positions: NDArray[np.int64], step: int, nodes: int) -> tuple[int, int, NDArray[np.float64]]:
-    """Linear interpolation weights of integer positions: first and last node used, and ``(n, nodes used)``."""
+def _cells(positions: NDArray[np.int64], step: int, nodes: int) -> tuple[NDArray[np.int64], Floats]:
+    """Node before each position, and how far the position is on the way to the next one."""
     cell = np.minimum(positions // step, nodes - 2)
-    first, last = int(cell[0]), int(cell[-1]) + 2
-    weight = np.zeros((len(positions), last - first))
-    row = np.arange(len(positions))
-    share = positions / step - cell
-    weight[row, cell - first] = 1 - share
-    weight[row, cell - first + 1] = share
-    return first, last, weight
+    return cell, positions / step - cell
 
 
 def pixel_map(
@@ -111,7 +124,7 @@ def pixel_map(
 
 def _exact(
     frame_wcs: WCS, frame_shape: tuple[int, int], canvas_wcs: WCS, x: NDArray, y: NDArray
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[Floats, Floats]:
     """Frame positions of canvas positions through both WCS."""
     ra, dec = canvas_wcs.wcs_pix2world(x.ravel(), y.ravel(), 0)
     fx, fy = frame_wcs.wcs_world2pix(ra, dec, 0)
@@ -130,10 +143,14 @@ def _exact(
 def warp_block(
     pixels: FloatImage,
     bayer: str | None,
-    positions: tuple[NDArray[np.float64], NDArray[np.float64]],
+    pixel_map: PixelMap,
+    block: Window,
     edge: float,
-) -> tuple[FloatImage, tuple[slice, slice]] | None:
-    """Colour of a frame at the given positions: debayer just the part that is needed, then interpolate once.
+    out: FloatImage,
+    gain: NDArray[np.float64] | None = None,
+    plane: NDArray[np.float64] | None = None,
+) -> int:
+    """A frame on a block of the canvas: debayer just the part that is needed, then interpolate once.
 
     Parameters
     ----------
@@ -141,88 +158,72 @@ def warp_block(
         ``(ny, nx)`` CFA or mono, or ``(ny, nx, 3)``; float32 ADU, NaN = no data.
     bayer : str or None
         CFA pattern of `pixels`.
-    positions : tuple of ndarray
-        ``x, y``, each ``(h, w)``: where to look, 0-based.
+    pixel_map : PixelMap
+        Where the frame lies on the canvas.
+    block : Window
+        Canvas pixels to make, within the window of the map.
     edge : float
-        Range of a 3x3 neighbourhood, ADU, from which the ringing guard acts.
+        How far the interpolation may depart from the nearest pixel before the ringing guard looks at it, ADU.
+    out : ndarray
+        ``(C, h, w)`` float32, gets the block; NaN outside the frame and within a pixel of missing data.
+    gain : ndarray, optional
+        ``(C,)`` what the values are multiplied by; 1 if not given.
+    plane : ndarray, optional
+        ``(C, 3)`` what is taken off then: at the first pixel of the block, per column and per row, ADU.
 
     Returns
     -------
-    part : ndarray
-        ``(h', w', C)`` float32, NaN outside the frame and within a pixel of missing data (which, beyond
-        that, counts as the mean of its surroundings).
-    box : tuple of slice
-        The rows and columns of the positions that `part` stands for: at the edges of a frame much of a block
-        lies outside, and only the box that holds the rest is interpolated. None in place of both if no
-        position lies on the frame.
+    int
+        Pixels of the block that lie on the frame.
 
     Notes
     -----
-    Lanczos-4. Around bright, sharp edges (saturated cores) its negative lobes would ring: there the
-    result is held within the range of the 3x3 nearest pixels, widened upwards by 30 %, the most that an honest star
-    peak between pixels needs, and downwards by 3 %, in either case by a few times the noise at least.
+    Lanczos-3. Around bright, sharp edges (saturated cores) its negative lobes would ring: see `kernels.lanczos`.
     """
+    channels = len(out)
     ny, nx = pixels.shape[:2]
-    x, y = positions
-    inside = (x >= -0.5) & (x <= nx - 0.5) & (y >= -0.5) & (y <= ny - 0.5)
-    rows, columns = (np.flatnonzero(inside.any(axis=axis)) for axis in (1, 0))
-    if not rows.size:
-        return None
-    box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    x, y, inside = x[box], y[box], inside[box]
-    margin = 2 * _KERNEL_REACH + DEBAYER_MARGIN + 1  # the kernel's reach, and that of what fills a hole in it
-    # Even corners keep the phase of the CFA. Filters round the columns at the end of a row that do not fill a
-    # vector register differently: with rows that start and end on whole registers, no result depends on the cut.
-    y0 = max(0, int(y[inside].min()) - margin) // 2 * 2
-    x0 = max(0, int(x[inside].min()) - margin) // _LANES * _LANES
-    y1 = min(ny, int(y[inside].max()) + margin + 2)
-    x1 = min(nx, int(x[inside].max()) + margin + 2 + _LANES)
-    source = pixels[y0:y1, x0:x1]
-    source = debayer(source, bayer) if bayer else np.ascontiguousarray(source)
-    # OpenCV rounds positions to 1/32 px; done here, the result cannot depend on where the part was cut out.
-    mx, my = ((np.rint(p * 32) / 32 - origin).astype(np.float32) for p, origin in ((x, x0), (y, y0)))
-    part = _interpolate(source, mx, my, edge)
-    part[~inside] = np.nan
-    return part, box
+    x0, x1, y0, y1 = pixel_map.reach(block)
+    if not (x1 >= -0.5 and x0 <= nx - 0.5 and y1 >= -0.5 and y0 <= ny - 0.5):
+        out[...] = np.nan
+        return 0
+    top, bottom = _around(y0, y1, ny)
+    left, right = _around(x0, x1, nx)
+    if bayer:
+        # Even corners keep the phase of the CFA, even sides its cells whole.
+        top, left = (p // 2 * 2 - DEBAYER_MARGIN for p in (top, left))
+        bottom, right = (-(-p // 2) * 2 + DEBAYER_MARGIN for p in (bottom, right))
+    source = pixels[max(0, top) : bottom, max(0, left) : right]
+    border = max(0, -top), max(0, bottom - ny), max(0, -left), max(0, right - nx)
+    if any(border):
+        # Mirrored without repeating the edge, which keeps the phase of the CFA as well.
+        source = cv2.copyMakeBorder(np.ascontiguousarray(source), *border, cv2.BORDER_REFLECT_101)
+    source = np.ascontiguousarray(source)
+    if bayer:
+        source = debayer_part(source, *red_site(bayer))
+        top, left = top + DEBAYER_MARGIN, left + DEBAYER_MARGIN
+    count = lanczos(channels)(
+        source.reshape(len(source), -1),
+        top,
+        left,
+        (ny, nx),
+        pixel_map.x,
+        pixel_map.y,
+        pixel_map.step,
+        block.y0 - pixel_map.window.y0,
+        block.x0 - pixel_map.window.x0,
+        lanczos_table(),
+        np.float32(edge),
+        np.ones(channels) if gain is None else gain,
+        np.zeros((channels, 3)) if plane is None else plane,
+        out,
+    )
+    return int(count)
 
 
-def _interpolate(source: FloatImage, mx: FloatImage, my: FloatImage, edge: float) -> FloatImage:
-    """Guarded Lanczos-4 of ``(h, w)`` or ``(h, w, 3)`` at the given float32 positions → ``(h', w', C)``."""
-    damaged = bool(np.isnan(source.min()))
-    if damaged:
-        holes = np.isnan(source)
-        source = _filled(source, holes)
-    out = cv2.remap(source, mx, my, cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REFLECT_101)
-    low, high = cv2.erode(source, _BOX), cv2.dilate(source, _BOX)
-    # Only strong edges ring visibly; elsewhere the guard would shape the noise.
-    span = cv2.subtract(high, low)
-    strong = (span if span.ndim == 2 else np.maximum(np.maximum(span[..., 0], span[..., 1]), span[..., 2])) > edge
-    if strong.any():
-        # The kernel reaches an edge from three pixels away.
-        reached = cv2.dilate(strong.astype(np.uint8), np.ones((7, 7), np.uint8))
-        near = cv2.remap(reached, mx, my, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
-        at = np.nonzero(near)
-        y = np.clip(np.rint(my[at]).astype(int), 0, source.shape[0] - 1)
-        x = np.clip(np.rint(mx[at]).astype(int), 0, source.shape[1] - 1)
-        low, high = low[y, x], high[y, x]
-        span, noise = high - low, np.float32(edge / 4)
-        out[at] = np.clip(
-            out[at], low - np.maximum(_UNDERSHOOT * span, noise), high + np.maximum(_RINGING_SLACK * span, noise)
-        )
-    out = out if out.ndim == 3 else out[..., None]
-    if damaged:
-        spread = cv2.dilate(holes.astype(np.uint8), np.ones((3, 3), np.uint8))
-        spread = cv2.remap(spread, mx, my, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
-        out[(spread > 0) if spread.ndim == 3 else (spread > 0)[..., None]] = np.nan
-    return out.astype(np.float32, copy=False)
-
-
-def _filled(source: FloatImage, holes: NDArray[np.bool_]) -> FloatImage:
-    """Missing pixels replaced by the mean of the valid ones within the kernel's reach."""
-    side = (2 * _KERNEL_REACH + 1, 2 * _KERNEL_REACH + 1)
-    total = cv2.boxFilter(np.where(holes, np.float32(0), source), -1, side, normalize=False)
-    share = cv2.boxFilter(np.where(holes, np.float32(0), np.float32(1)), -1, side, normalize=False)
-    return np.where(holes, total / np.maximum(share, 1), source).astype(np.float32)
-
-
-_BOX = np.ones((3, 3), np.uint8)
+def _around(low: float, high: float, size: int) -> tuple[int, int]:
+    """First frame pixel that interpolation needs between two positions, and the one after the last."""
+    # A hair more: the kernel rounds in another order.
+    first = math.floor(max(low, -0.5) - 1e-6) - LANCZOS_REACH + 1
+    stop = math.floor(min(high, size - 0.5) + 1e-6) + LANCZOS_REACH + 1
+    # At an edge of the frame at least as much as is mirrored there.
+    return min(first, size - 2 * LANCZOS_REACH), max(stop, 2 * LANCZOS_REACH)
