@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zemosaic.calibrate import Repairs
-from zemosaic.combine import EVEN_NOISE, Clip, combine
+from zemosaic.combine import Clip, combine
 from zemosaic.execute import thread_map
 from zemosaic.frames import Frame
 from zemosaic.levels import Adjustment
+from zemosaic.rejection import EVEN_NOISE, complete
 from zemosaic.tiles import FloatImage, Tile, Window
 from zemosaic.warp import PixelMap, warp_block
 
@@ -144,7 +145,7 @@ def coadd(
         sigma, weight = (np.array([getattr(subs[i], name) for i in who]).T for name in ("noise", "weight"))
         result, keep = combine(stack, sigma, weight, sky32, clip, use_median=use_median, even=even)
         ys, xs = block.within(halo)
-        valid = np.logical_not(np.isnan(stack).any(axis=0))
+        valid = complete(stack)
         return block, result[ys, xs], keep[:, ys, xs], valid[:, ys, xs], who
 
     blocks = window.blocks(block_side(deepest([sub.window for sub in subs]), channels))
@@ -188,7 +189,7 @@ def warp_stack(subs: Sequence[Sub], pixels: Sequence[FloatImage], block: Window)
             sub.adjustment.plane_on(box),
         ):
             who.append(i)
-    return stack[:, : len(who)], who
+    return np.ascontiguousarray(stack[:, : len(who)]), who
 
 
 def deepest(windows: Sequence[Window]) -> int:

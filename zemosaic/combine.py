@@ -8,7 +8,6 @@ something from two samples on, where a sample's own scatter does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm
 
+from zemosaic.rejection import EVEN_NOISE, MODEL_WEIGHT, complete, judge, medians, weighted_mean
 from zemosaic.tiles import FloatImage
 
 Rejection = Literal["winsorized_sigma_clip", "kappa_sigma", "linear_fit_clip", "none"]
@@ -25,12 +25,7 @@ Rejection = Literal["winsorized_sigma_clip", "kappa_sigma", "linear_fit_clip", "
 #: Share of the signal above sky by which honest pixels may differ, at any kappa: seeing changes star peaks.
 STAR_TOLERANCE = 0.6
 
-_MODEL_WEIGHT = 10.0  # degrees of freedom that the noise model counts for against the sample's own scatter
-#: Ratio of the largest to the smallest noise up to which samples count as even.
-EVEN_NOISE = 2.0
-
 _MIN_SLOPE = 5  # samples from which the inner ones tell a slope that an outlier does not make
-_NETWORK_LIMIT = 32  # up to this many samples a sorting network of whole planes beats a sort per pixel
 
 
 @dataclass(frozen=True)
@@ -89,120 +84,52 @@ def combine(
     keep : ndarray
         ``(n, h, w)`` bool: samples that contributed; one that stands out in one channel goes in all of them.
     """
-    sigma, weight = (np.asarray(v, np.float32) for v in (sigma, weight))
+    stack = np.ascontiguousarray(stack)
+    sigma, weight = (np.ascontiguousarray(v, np.float32) for v in (sigma, weight))
     sigma, weight = (v[..., None, None] if v.ndim == 2 else v for v in (sigma, weight))
-    valid = ~np.isnan(stack[0])
-    for plane in stack[1:]:
-        valid &= ~np.isnan(plane)
+    valid = complete(stack)
     if len(valid) == 1:
         return np.moveaxis(np.where(valid, stack[:, 0], np.float32(np.nan)), 0, -1), valid
-    count = valid.sum(axis=0, dtype=np.int32)
-    keep = valid.copy()
     if even is None:
         even = float(sigma.max()) <= EVEN_NOISE * float(sigma.min())
-    centres = []
-    for samples, noise, level in zip(stack, sigma, sky, strict=True):
-        ordered, centre = _ranked(samples, noise, valid, count, even, clip.method == "linear_fit_clip")
-        centres.append(centre)
-        if clip.method != "none" and len(samples) > 1:
-            keep &= _belonging(samples, noise, valid, count, ordered, centre, level, clip, len(stack))
+    centre = medians(stack, valid, sigma, even)
+    keep = valid
+    if clip.method != "none":
+        keep = judge(stack, valid, sigma, centre, *_limits(stack, valid, sigma, centre, sky, clip))
     if use_median:
-        count = keep.sum(axis=0, dtype=np.int32)
-        pairs = zip(stack, sigma, strict=True)
-        return np.stack(
-            [_ranked(samples, noise, keep, count, even, False)[1] for samples, noise in pairs], axis=-1
-        ), keep
-    parts = zip(stack, weight, centres, strict=True)
-    return np.stack([_mean(samples, w, centre, keep) for samples, w, centre in parts], axis=-1), keep
+        return np.moveaxis(medians(stack, keep, sigma, even), 0, -1), keep
+    return weighted_mean(stack, weight, centre, keep), keep
 
 
-def _ranked(
-    samples: FloatImage,
-    noise: FloatImage,
+def _limits(
+    stack: FloatImage,
     valid: NDArray[np.bool_],
-    count: NDArray[np.int32],
-    even: bool,
-    whole: bool,
-) -> tuple[FloatImage, FloatImage]:
-    """Samples of one channel in order, and their median: weighted by 1/sigma unless they are even."""
-    if even:
-        ordered = sort_planes(np.where(valid, samples, np.float32(np.inf)), whole)
-        return ordered, median_of(ordered, count)
-    ordered, centre = weighted_median(samples, noise, valid)
-    worst = np.where(valid, noise, np.float32(0)).max(axis=0)
-    best = np.where(valid, noise, np.float32(np.inf)).min(axis=0)
-    # Two samples that are about as good as each other: what contaminates a pixel brightens it.
-    pair = (count == 2) & (worst <= EVEN_NOISE * best)
-    return ordered, np.where(pair, ordered[0], centre)
-
-
-def _mean(samples: FloatImage, weight: FloatImage, centre: FloatImage, keep: NDArray[np.bool_]) -> FloatImage:
-    """Weighted mean over axis 0 of the samples that are kept, ``(h, w)``.
-
-    What is summed are differences to the median: small numbers, of which float32 loses nothing.
-    """
-    difference = np.subtract(samples, centre)
-    np.copyto(difference, 0, where=~keep)
-    if weight.shape[1:] == (1, 1):
-        flat = weight[:, 0, 0]
-        total = np.tensordot(flat, difference, axes=1)
-        share = np.tensordot(flat, keep.astype(np.float32), axes=1)
-    else:
-        share = weight * keep
-        total = np.einsum("nhw,nhw->hw", share, difference)
-        share = share.sum(axis=0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(share > 0, centre + total / share, np.float32(np.nan)).astype(np.float32)
-
-
-def _belonging(
-    samples: FloatImage,
-    noise: FloatImage,
-    valid: NDArray[np.bool_],
-    count: NDArray[np.int32],
-    ordered: FloatImage,
+    sigma: FloatImage,
     centre: FloatImage,
-    sky: np.float32,
+    sky: NDArray[np.float32],
     clip: Clip,
-    channels: int,
-) -> NDArray[np.bool_]:
-    """Samples of one channel that agree with the median, ``(n, h, w)`` bool; missing ones count as agreeing."""
-    precision = np.float32(1) / noise  # (n, 1, 1) or (n, h, w)
-    with np.errstate(invalid="ignore"):
-        z = (samples - centre) * precision
-    np.copyto(z, 0, where=~valid)
-    n = np.maximum(count, 1).astype(np.float32)
-    excess = np.ones_like(n)
-    if clip.method == "winsorized_sigma_clip":
-        excess = _shrunk(_winsorised_variance(z, n), n)
+) -> tuple[FloatImage, FloatImage, np.float32, np.float32]:
+    """What `judge` asks for: tolerance, excess, and the squared thresholds below and above."""
+    tolerance = np.stack(
+        [(np.float32(STAR_TOLERANCE) * _signal_above(*pair)) ** 2 for pair in zip(centre, sky, strict=True)]
+    )
+    excess = np.zeros((0, 0, 0), np.float32)
+    if clip.method == "kappa_sigma":
+        excess = np.ones_like(centre)
     elif clip.method == "linear_fit_clip":
-        typical = np.einsum("nhw,nhw->hw", np.broadcast_to(noise**2, z.shape), valid.astype(np.float32)) / n
-        found = _order_slope(ordered, centre, count) ** 2 / np.where(typical > 0, typical, 1)
-        excess = np.where(count >= _MIN_SLOPE, _shrunk(found.astype(np.float32), n), np.float32(1))
-    # The median has a variance of its own: pi/2 over the sum of 1/sigma^2 for normal samples.
-    total = np.einsum("nhw,nhw->hw", np.broadcast_to(precision**2, z.shape), valid.astype(np.float32))
-    uncertain = np.float32(np.pi / 2) / np.where(total > 0, total, 1)
-    tolerance = (np.float32(STAR_TOLERANCE) * _signal_above(centre, sky)) ** 2
-    low, high = (np.float32(_per_channel(kappa, channels) ** 2) for kappa in (clip.low, clip.high))
-    agrees = np.empty(z.shape, bool)
-    for i, (sample, root) in enumerate(zip(z, precision, strict=True)):
-        limit = high if low == high else np.where(sample < 0, low, high)
-        bound = limit * excess * (1 + uncertain * root**2) + tolerance * root**2
-        np.less_equal(sample**2, bound, out=agrees[i])
-    return agrees
+        excess = np.stack([_slope_excess(*c, valid) for c in zip(stack, sigma, centre, strict=True)])
+    low, high = (np.float32(_per_channel(kappa, len(stack)) ** 2) for kappa in (clip.low, clip.high))
+    return tolerance, excess, low, high
 
 
-def _winsorised_variance(z: FloatImage, n: FloatImage) -> FloatImage:
-    """Variance of samples clamped at 1.5 sigma, times 1.134² for what clamping takes off a normal distribution."""
-    clamped: FloatImage = np.clip(z, np.float32(-1.5), np.float32(1.5))
-    mean = clamped.sum(axis=0) / n
-    square = np.einsum("nhw,nhw->hw", clamped, clamped) / n
-    return np.float32(1.134**2) * (square - mean**2) * n / np.maximum(n - 1, 1)
-
-
-def _shrunk(ratio: FloatImage, n: FloatImage) -> FloatImage:
-    """Ratio of the samples' variance to the model's, drawn towards 1 where there are few samples."""
-    return (_MODEL_WEIGHT + (n - 1) * ratio) / (_MODEL_WEIGHT + n - 1)
+def _slope_excess(samples: FloatImage, noise: FloatImage, centre: FloatImage, valid: NDArray[np.bool_]) -> FloatImage:
+    """Variance of one channel's samples in units of the noise model's, from the slope of their order, ``(h, w)``."""
+    count = valid.sum(axis=0, dtype=np.int32)
+    n = np.maximum(count, 1).astype(np.float32)
+    ordered = np.sort(np.where(valid, samples, np.float32(np.inf)), axis=0)
+    typical = np.where(valid, noise**2, 0).sum(axis=0, dtype=np.float32) / n
+    found = (_order_slope(ordered, centre, count) ** 2 / np.where(typical > 0, typical, 1)).astype(np.float32)
+    return np.where(count >= _MIN_SLOPE, (MODEL_WEIGHT + (n - 1) * found) / (MODEL_WEIGHT + n - 1), np.float32(1))
 
 
 def _order_slope(ordered: FloatImage, centre: FloatImage, count: NDArray[np.int32]) -> FloatImage:
@@ -231,116 +158,3 @@ def _signal_above(centre: FloatImage, sky: np.float32) -> FloatImage:
 def _per_channel(kappa: float, channels: int) -> float:
     """Threshold per channel that loses as many honest samples in all channels as `kappa` does in one (Sidak)."""
     return float(norm.isf((1 - (1 - 2 * norm.sf(kappa)) ** (1 / channels)) / 2))
-
-
-def sort_planes(filled: FloatImage, whole: bool = False) -> FloatImage:
-    """Sort ``(n, h, w)`` along axis 0 in place; missing samples are +inf and so come last.
-
-    Unless `whole`, only the ranks up to the middle are in place: a median needs no more.
-    """
-    n = len(filled)
-    if n > _NETWORK_LIMIT:
-        return np.sort(filled, axis=0)
-    low = np.empty_like(filled[0])
-    for i, j in _network(n, n if whole else n // 2 + 1):
-        np.minimum(filled[i], filled[j], out=low)
-        np.maximum(filled[i], filled[j], out=filled[j])
-        filled[i] = low
-    return filled
-
-
-@cache
-def _network(n: int, ranks: int) -> Sequence[tuple[int, int]]:
-    """Comparators that sort `n` values (Batcher's merge exchange), without those that only order beyond `ranks`.
-
-    D. E. Knuth, The Art of Computer Programming 3, 5.2.2, algorithm M.
-    """
-    comparators = []
-    p = top = 1 << max(0, (n - 1).bit_length() - 1)
-    while p > 0:
-        q, r, d = top, 0, p
-        while True:
-            comparators += [(i, i + d) for i in range(n - d) if i & p == r]
-            if q == p:
-                break
-            d, q, r = q - p, q // 2, p
-        p //= 2
-    needed, kept = set(range(ranks)), []
-    for i, j in reversed(comparators):
-        if i in needed or j in needed:
-            needed |= {i, j}
-            kept.append((i, j))
-    return tuple(reversed(kept))
-
-
-def median_of(ordered: FloatImage, count: NDArray[np.int32]) -> FloatImage:
-    """Median of sorted planes; of two samples the lower, since what contaminates a pixel brightens it.
-
-    Parameters
-    ----------
-    ordered : ndarray
-        ``(n, h, w)`` from `sort_planes`.
-    count : ndarray
-        ``(h, w)`` valid samples of every pixel.
-
-    Returns
-    -------
-    ndarray
-        ``(h, w)`` float32, NaN where there is no sample.
-    """
-    n = len(ordered)
-    if (count == n).all():
-        low, high = ((n - 1) // 2, n // 2) if n != 2 else (0, 0)
-        return (ordered[low] + ordered[high]) * np.float32(0.5)
-    below = np.maximum(count - 1, 0) // 2
-    above = np.where(count == 2, 0, count // 2)
-    middle = np.full(count.shape, np.nan, np.float32)
-    for rank in range(n // 2 + 1):
-        # Adding half of each of the two middle ranks covers odd counts as well, where they are the same.
-        first, second = (below == rank) & (count > 0), (above == rank) & (count > 0)
-        np.copyto(middle, 0, where=first)
-        np.add(middle, ordered[rank] * np.float32(0.5), out=middle, where=first)
-        np.add(middle, ordered[rank] * np.float32(0.5), out=middle, where=second)
-    return middle
-
-
-def weighted_median(samples: FloatImage, noise: FloatImage, valid: NDArray[np.bool_]) -> tuple[FloatImage, FloatImage]:
-    """Samples in order, and their median weighted by 1/sigma: one deep sample outweighs two shallow ones.
-
-    Parameters
-    ----------
-    samples : ndarray
-        ``(n, h, w)``.
-    noise : ndarray
-        ``(n, 1, 1)`` or ``(n, h, w)``.
-    valid : ndarray
-        ``(n, h, w)`` bool.
-
-    Returns
-    -------
-    ordered : ndarray
-        ``(n, h, w)``, +inf where there is no sample.
-    median : ndarray
-        ``(h, w)``, NaN where there is none; the lower of two where both fit.
-    """
-    filled = np.where(valid, samples, np.float32(np.inf))
-    share = np.where(valid, np.float32(1) / noise, np.float32(0))
-    n = len(filled)
-    if n > _NETWORK_LIMIT:
-        order = np.argsort(filled, axis=0, kind="stable")
-        filled, share = np.take_along_axis(filled, order, axis=0), np.take_along_axis(share, order, axis=0)
-    else:
-        for i, j in _network(n, n):
-            swap = filled[i] > filled[j]
-            filled[i], filled[j] = np.minimum(filled[i], filled[j]), np.maximum(filled[i], filled[j])
-            moved = (share[j] - share[i]) * swap
-            share[i] += moved
-            share[j] -= moved
-    half = share.sum(axis=0) * np.float32(0.5 - 1e-5)
-    median = np.full(half.shape, np.nan, np.float32)
-    below = np.zeros_like(half)
-    for plane, part in zip(filled, share, strict=True):
-        before = below < half
-        below += part
-        np.copyto(median, plane, where=before & (below >= half))
-    return filled, median
