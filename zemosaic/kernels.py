@@ -40,6 +40,37 @@ def lanczos_table() -> FloatImage:
     return (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
+@_compiled
+def grid_reach(grid_x, grid_y, step, top, left, height, width):  # type: ignore[no-untyped-def]
+    """Least and greatest x, then y, of the pixels of a box on a grid (see `lanczos`); NaN if none is known."""
+    low_x, high_x, low_y, high_y = np.inf, -np.inf, np.inf, -np.inf
+    last_row, last_column = grid_x.shape[0] - 2, grid_x.shape[1] - 2
+    v = top
+    # Bilinear within the cells: the extremes are at the corners of what the box has of each.
+    while True:
+        i = min(v // step, last_row)
+        down = v / step - i
+        u = left
+        while True:
+            j = min(u // step, last_column)
+            along = u / step - j
+            x = (grid_x[i, j] * (1 - down) + grid_x[i + 1, j] * down) * (1 - along)
+            x += (grid_x[i, j + 1] * (1 - down) + grid_x[i + 1, j + 1] * down) * along
+            y = (grid_y[i, j] * (1 - down) + grid_y[i + 1, j] * down) * (1 - along)
+            y += (grid_y[i, j + 1] * (1 - down) + grid_y[i + 1, j + 1] * down) * along
+            if math.isfinite(x) and math.isfinite(y):
+                low_x, high_x, low_y, high_y = min(low_x, x), max(high_x, x), min(low_y, y), max(high_y, y)
+            if u == left + width - 1:
+                break
+            u = min((u // step + 1) * step, left + width - 1)
+        if v == top + height - 1:
+            break
+        v = min((v // step + 1) * step, top + height - 1)
+    if low_x > high_x:
+        return np.nan, np.nan, np.nan, np.nan
+    return low_x, high_x, low_y, high_y
+
+
 @cache
 def lanczos(channels: int) -> Any:
     """The interpolation for images of 1 or 3 channels, as a compiled function::
@@ -82,7 +113,7 @@ def lanczos(channels: int) -> Any:
     """
     taps = _TAPS * channels
 
-    @_compiled  # type: ignore[untyped-decorator]
+    @_compiled
     def warp(source, y0, x0, shape, grid_x, grid_y, step, top, left, table, edge, gain, plane, out):  # type: ignore[no-untyped-def]
         flat, weights = source.reshape(-1), table.reshape(-1)
         width = numba.uint64(source.shape[1])
@@ -165,7 +196,7 @@ def lanczos(channels: int) -> Any:
     return warp
 
 
-@_compiled  # type: ignore[untyped-decorator]
+@_compiled
 def _guard(flat, width, channels, start, nearest, weights, px, py, edge, value):  # type: ignore[no-untyped-def]
     """Hold one interpolated pixel against its surroundings, in place; where pixels are missing do without them."""
     corner = nearest - width - numba.uint64(channels)
@@ -192,7 +223,7 @@ def _guard(flat, width, channels, start, nearest, weights, px, py, edge, value):
         value[c] = min(max(value[c], low - max(UNDERSHOOT * span, edge)), high + max(OVERSHOOT * span, edge))
 
 
-@_compiled  # type: ignore[untyped-decorator]
+@_compiled
 def debayer_part(cfa: FloatImage, red_row: int, red_column: int) -> FloatImage:
     """Colour of a part of a Bayer mosaic, two pixels smaller on every side.
 

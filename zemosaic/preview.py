@@ -110,30 +110,26 @@ def _shrink(mosaic: Mosaic, max_dim: int) -> tuple[FloatImage, NDArray[Any]]:
     factor = min(1.0, max_dim / max(ny, nx))
     size = max(1, round(nx * factor)), max(1, round(ny * factor))
     image = np.atleast_3d(mosaic.image)
-    small = np.empty((size[1], size[0], image.shape[-1]), np.float32)
-    for c in range(image.shape[-1]):
-        small[..., c] = _area_mean(image[..., c], size)
-    return small, cv2.resize(mosaic.alpha, size, interpolation=cv2.INTER_AREA)
+    return _area_mean(image, size), cv2.resize(mosaic.alpha, size, interpolation=cv2.INTER_AREA)
 
 
-def _area_mean(plane: FloatImage, size: tuple[int, int]) -> NDArray[Any]:
-    """Mean over the area of each pixel of a smaller image ``(w, h)``; NaN pixels have no weight."""
-    total = np.empty((len(plane), size[0]), np.float32)
-    share: NDArray[Any] = np.empty_like(total)
-    # The rows of a strip get narrower, then all get fewer: no copy of the whole plane is needed.
-    for y in range(0, len(plane), STRIP):
+def _area_mean(image: FloatImage, size: tuple[int, int]) -> FloatImage:
+    """Mean over the area of each pixel of a smaller image ``(w, h)``; pixels with NaN in any channel have no weight."""
+    total = np.empty((len(image), size[0], image.shape[-1]), np.float32)
+    share = np.empty((len(image), size[0]), np.float32)
+    # The rows of a strip get narrower, then all get fewer: no copy of the whole image is needed.
+    for y in range(0, len(image), STRIP):
         rows = slice(y, y + STRIP)
-        valid = np.isfinite(plane[rows])
+        valid: NDArray[np.bool_] = np.asarray(np.isfinite(image[rows]).all(axis=-1))
         narrow = size[0], len(valid)
-        filled = np.where(valid, plane[rows], np.float32(0))
-        total[rows] = cv2.resize(filled, narrow, interpolation=cv2.INTER_AREA)
+        filled = np.asarray(np.where(valid[..., None], image[rows], np.float32(0)))
+        total[rows] = np.atleast_3d(cv2.resize(filled, narrow, interpolation=cv2.INTER_AREA))
         share[rows] = cv2.resize(valid.astype(np.float32), narrow, interpolation=cv2.INTER_AREA)
-    mean = cv2.resize(total, size, interpolation=cv2.INTER_AREA)
+    mean = np.atleast_3d(cv2.resize(total, size, interpolation=cv2.INTER_AREA)).astype(np.float32, copy=False)
     del total
-    share = cv2.resize(share, size, interpolation=cv2.INTER_AREA)
+    share = np.asarray(cv2.resize(share, size, interpolation=cv2.INTER_AREA), np.float32)
     hole = share < 0.5  # what is mostly hole stays a hole
-    np.divide(mean, share, out=mean, where=~hole)
-    mean[hole] = np.nan
+    mean /= np.where(hole, np.float32(np.nan), share)[..., None]
     return mean
 
 
@@ -181,10 +177,11 @@ def _develop(image: FloatImage, tone: _Tone) -> NDArray[np.uint8]:
     brightness = signal.mean(axis=-1, keepdims=True)
     x = np.abs(brightness) + np.float32(1e-6)
     # Colour that is only noise fades to grey; from three noise depths on it is nearly full.
-    share = np.maximum((x / np.hypot(x, np.float32(tone.depth))) ** 2, np.float32(LEAST_COLOUR))
+    share = np.maximum(x * x / (x * x + np.float32(tone.depth**2)), np.float32(LEAST_COLOUR))
     colour = (brightness + (signal - brightness) * share) * (_stretch(x, tone.strength) / x)
     # Too bright a star keeps its hue and shape: all channels give way, smoothly, to fit below 1.
-    colour /= (1 + np.maximum(0, colour.max(axis=-1, keepdims=True)) ** 4) ** np.float32(0.25)
+    top = np.square(np.maximum(0, colour.max(axis=-1, keepdims=True)))
+    colour /= np.sqrt(np.sqrt(1 + top * top))
     grey = np.float32(tone.grey)
     shown = np.clip(grey + (1 - grey) * colour, 0, 1)
     return np.broadcast_to(np.rint(255 * shown).astype(np.uint8), (*image.shape[:2], 3))

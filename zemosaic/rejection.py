@@ -27,7 +27,7 @@ _CLAMPED_AWAY = np.float32(1.134**2)  # what clamping at 1.5 sigma takes off the
 _MEDIAN_VARIANCE = np.float32(np.pi / 2)  # of a median, over that of a mean
 
 
-@_compiled  # type: ignore[untyped-decorator]
+@_compiled
 def complete(stack: FloatImage) -> NDArray[np.bool_]:
     """Samples that have data in every channel, ``(n, h, w)``."""
     channels, n, height, width = stack.shape
@@ -91,7 +91,7 @@ def medians(stack: FloatImage, mask: NDArray[np.bool_], sigma: FloatImage, even:
     return np.asarray(_weighted_medians(stack, mask, sigma, sorting_network(n, n)))
 
 
-@_compiled  # type: ignore[untyped-decorator]
+@_compiled
 def _plain_medians(stack, mask, network):  # type: ignore[no-untyped-def]
     channels, n, height, width = stack.shape
     centre = np.empty((channels, height, width), np.float32)
@@ -125,7 +125,7 @@ def _plain_medians(stack, mask, network):  # type: ignore[no-untyped-def]
     return centre
 
 
-@_compiled  # type: ignore[untyped-decorator]
+@_compiled
 def _weighted_medians(stack, mask, sigma, network):  # type: ignore[no-untyped-def]
     channels, n, height, width = stack.shape
     centre = np.empty((channels, height, width), np.float32)
@@ -152,7 +152,7 @@ def _weighted_medians(stack, mask, sigma, network):  # type: ignore[no-untyped-d
     return centre
 
 
-@_compiled  # type: ignore[untyped-decorator]
+@_compiled
 def _weighted_middle(lines, shares, u):  # type: ignore[no-untyped-def]
     """Where half the weight of one sorted column is reached; NaN for an empty one."""
     n = len(lines)
@@ -175,7 +175,7 @@ def _weighted_middle(lines, shares, u):  # type: ignore[no-untyped-def]
     return lines[n - 1, u]
 
 
-@_compiled  # type: ignore[untyped-decorator]
+@_compiled
 def judge(stack, valid, sigma, centre, tolerance, excess, low, high):  # type: ignore[no-untyped-def]
     """Samples that agree with the centre in every channel, ``(n, h, w)`` bool.
 
@@ -240,7 +240,7 @@ def judge(stack, valid, sigma, centre, tolerance, excess, low, high):  # type: i
     return keep
 
 
-@_compiled  # type: ignore[untyped-decorator]
+@_compiled
 def weighted_mean(stack, weight, centre, keep):  # type: ignore[no-untyped-def]
     """Weighted mean of the samples that are kept, ``(h, w, C)``, NaN where there is none.
 
@@ -266,7 +266,7 @@ def weighted_mean(stack, weight, centre, keep):  # type: ignore[no-untyped-def]
     return image
 
 
-@_compiled  # type: ignore[untyped-decorator]
+@_compiled
 def _copy_row(values, c, i, v, row):  # type: ignore[no-untyped-def]
     """One row of values that are given for every pixel or once for all, into `row`."""
     if values.shape[3] == 1:

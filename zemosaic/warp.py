@@ -11,7 +11,7 @@ from astropy.wcs import WCS, NoConvergence
 from numpy.typing import NDArray
 
 from zemosaic.calibrate import DEBAYER_MARGIN, red_site
-from zemosaic.kernels import LANCZOS_REACH, debayer_part, lanczos, lanczos_table
+from zemosaic.kernels import LANCZOS_REACH, debayer_part, grid_reach, lanczos, lanczos_table
 from zemosaic.tiles import FloatImage, Window
 
 #: Largest tolerated error of the interpolated pixel map, pixels.
@@ -44,31 +44,16 @@ class PixelMap:
 
     def block(self, block: Window) -> tuple[Floats, Floats]:
         """Frame positions ``x, y`` of every pixel of `block`, each ``(h, w)`` float64."""
-        return self._grid(np.arange(block.y0, block.y1), np.arange(block.x0, block.x1))
-
-    def reach(self, block: Window) -> tuple[float, float, float, float]:
-        """Least and greatest x, then y, that the pixels of `block` have in the frame; NaN if none is known."""
-        # Bilinear within the cells: the extremes are at the corners of what the block has of each.
-        rows = self._seams(block.y0, block.y1, self.window.y0)
-        x, y = self._grid(rows, self._seams(block.x0, block.x1, self.window.x0))
-        known = np.isfinite(x) & np.isfinite(y)
-        if not known.any():
-            return (math.nan,) * 4
-        x, y = x[known], y[known]
-        return float(x.min()), float(x.max()), float(y.min()), float(y.max())
-
-    def _seams(self, start: int, stop: int, origin: int) -> NDArray[np.int64]:
-        """Ends of a range of rows or columns, and the nodes between them."""
-        first = origin - (origin - start) // self.step * self.step
-        return np.unique(np.r_[start, np.arange(first, stop - 1, self.step), stop - 1])
-
-    def _grid(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> tuple[Floats, Floats]:
-        """Frame positions where some rows and columns of the canvas, in ascending order, cross."""
-        i, down = _cells(rows - self.window.y0, self.step, self.x.shape[0])
-        j, along = _cells(columns - self.window.x0, self.step, self.x.shape[1])
+        i, down = _cells(np.arange(block.y0, block.y1) - self.window.y0, self.step, self.x.shape[0])
+        j, along = _cells(np.arange(block.x0, block.x1) - self.window.x0, self.step, self.x.shape[1])
         lines = (g[i] * (1 - down[:, None]) + g[i + 1] * down[:, None] for g in (self.x, self.y))
         x, y = (line[:, j] * (1 - along) + line[:, j + 1] * along for line in lines)
         return x, y
+
+    def reach(self, block: Window) -> tuple[float, float, float, float]:
+        """Least and greatest x, then y, that the pixels of `block` have in the frame; NaN if none is known."""
+        at = block.y0 - self.window.y0, block.x0 - self.window.x0
+        return grid_reach(self.x, self.y, self.step, *at, *block.shape)
 
     def at(self, x: NDArray, y: NDArray) -> tuple[Floats, Floats]:
         """Frame positions of canvas points ``(n,)`` inside the window."""
@@ -196,7 +181,9 @@ def warp_block(
     border = max(0, -top), max(0, bottom - ny), max(0, -left), max(0, right - nx)
     if any(border):
         # Mirrored without repeating the edge, which keeps the phase of the CFA as well.
-        source = cv2.copyMakeBorder(np.ascontiguousarray(source), *border, cv2.BORDER_REFLECT_101)
+        source = np.asarray(
+            cv2.copyMakeBorder(np.ascontiguousarray(source), *border, cv2.BORDER_REFLECT_101), np.float32
+        )
     source = np.ascontiguousarray(source)
     if bayer:
         source = debayer_part(source, *red_site(bayer))
