@@ -11,8 +11,8 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import cv2
 import numpy as np
@@ -25,12 +25,15 @@ from zemosaic.coadd import Sub, block_side, deepest
 from zemosaic.combine import Clip, combine
 from zemosaic.events import Events
 from zemosaic.execute import thread_map
+from zemosaic.frames import Frame
+from zemosaic.resume import Results
 from zemosaic.settings import Settings
-from zemosaic.stacking import load_pixels, stack_subs
+from zemosaic.stacking import Stack, stack_subs
 from zemosaic.stars import plane_noise
 from zemosaic.store import ArrayStore
 from zemosaic.tiles import FloatImage, Mosaic, Tile, Window, alpha_of
 
+NOTHING_KEPT = Results()
 _GRID_CELLS = 128  # cells along the longer side of the coarse coverage grid
 _MEDIAN_SAMPLES = 500_000  # pixels that are enough for a median
 _MIN_SHARED = 16  # pixels (or boxes of them) two mega-tiles must share to be compared
@@ -55,6 +58,25 @@ class Lot:
 
     members: tuple[int, ...]
     given: bool = False
+
+
+class Place(Protocol):
+    """Canvas pixel → frame pixel; a `zemosaic.warp.PixelMap` is one."""
+
+    @property
+    def window(self) -> Window: ...
+
+    def at(self, x: NDArray, y: NDArray, /) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
+
+
+class Placed(Protocol):
+    """What `plan_lots` needs of a frame: which it is and where it lies. A `Sub` is one."""
+
+    @property
+    def frame(self) -> Frame: ...
+
+    @property
+    def pixel_map(self) -> Place: ...
 
 
 @dataclass(frozen=True)
@@ -129,6 +151,7 @@ def assemble_global_mosaic_sds(
     *,
     workers: int = 1,
     preplan_path_groups: Sequence[Sequence[Path]] | None = None,
+    results: Results = NOTHING_KEPT,
 ) -> SdsResult:
     """The whole chain, from matched frames to the polished mosaic.
 
@@ -144,6 +167,8 @@ def assemble_global_mosaic_sds(
         As in every route; `store` holds the mega-tiles, in memory or memory-mapped.
     preplan_path_groups : sequence of sequence of Path, optional
         Lots given by the user.
+    results : Results, optional
+        Mega-tiles of earlier runs, and where to keep those of this one.
 
     Raises
     ------
@@ -152,7 +177,7 @@ def assemble_global_mosaic_sds(
     """
     lots = plan_lots(subs, canvas, settings, events, preplan_path_groups)
     events.phase(5, "lots")
-    built = build_megatiles(lots, subs, sky, calibration, settings, events, store, workers=workers)
+    built = build_megatiles(lots, subs, sky, calibration, settings, events, store, workers=workers, results=results)
     if not built:
         raise SdsError("no lot has a frame that can be used")
     tiles, reports = [tile for tile, _ in built], tuple(report for _, report in built)
@@ -174,7 +199,7 @@ def assemble_global_mosaic_sds(
 
 
 def plan_lots(
-    subs: Sequence[Sub],
+    subs: Sequence[Placed],
     canvas: Canvas,
     settings: Settings,
     events: Events,
@@ -203,22 +228,23 @@ def plan_lots(
     return lots
 
 
-def _own_plan(order: Sequence[int], subs: Sequence[Sub], canvas: Canvas, settings: Settings) -> list[Lot]:
-    marks = partial(_coarse_footprint, canvas=canvas)
-    union = np.zeros(0, np.int64)
-    for i in order:
-        union = np.union1d(union, marks(subs[i]))
+def _own_plan(order: Sequence[int], subs: Sequence[Placed], canvas: Canvas, settings: Settings) -> list[Lot]:
+    marks = {i: _coarse_footprint(subs[i], canvas) for i in order}
+    _, rows, columns = _coarse_grid(canvas)
+    union, covered = np.zeros(rows * columns, np.bool_), np.zeros(rows * columns, np.bool_)
+    for cells in marks.values():
+        union[cells] = True
     lots: list[Lot] = []
     current: list[int] = []
-    covered = np.zeros(0, np.int64)
     for i in order:
         current.append(i)
-        covered = np.union1d(covered, marks(subs[i]))
+        covered[marks[i]] = True
         enough = len(current) >= settings.sds_min_batch_size
-        wide = covered.size >= settings.sds_coverage_threshold * union.size
+        wide = covered.sum() >= settings.sds_coverage_threshold * union.sum()
         if (enough and wide) or len(current) >= settings.sds_target_batch_size:
             lots.append(Lot(tuple(current)))
-            current, covered = [], np.zeros(0, np.int64)
+            current = []
+            covered[:] = False
     if current and lots and len(current) < settings.sds_min_batch_size:
         lots[-1] = Lot(lots[-1].members + tuple(current))
     elif current:
@@ -226,18 +252,26 @@ def _own_plan(order: Sequence[int], subs: Sequence[Sub], canvas: Canvas, setting
     return lots
 
 
-def _coarse_footprint(sub: Sub, canvas: Canvas) -> NDArray[np.int64]:
-    """Cells of the coarse coverage grid whose middle lies on a frame."""
+def _coarse_grid(canvas: Canvas) -> tuple[int, int, int]:
+    """Side of a cell of the coarse coverage grid, canvas pixels, and its rows and columns."""
     cell = max(1, -(-max(canvas.shape) // _GRID_CELLS))
-    columns = -(-canvas.shape[1] // cell)
-    rows = -(-canvas.shape[0] // cell)
-    gy, gx = np.mgrid[0:rows, 0:columns] * cell + (cell - 1) / 2
-    box = sub.window
-    near = (gy >= box.y0) & (gy < box.y1) & (gx >= box.x0) & (gx < box.x1)
-    x, y = sub.pixel_map.at(gx[near], gy[near])
+    return cell, -(-canvas.shape[0] // cell), -(-canvas.shape[1] // cell)
+
+
+def _coarse_footprint(sub: Placed, canvas: Canvas) -> NDArray[np.int64]:
+    """Cells of the coarse coverage grid whose middle lies on a frame."""
+    cell, rows, columns = _coarse_grid(canvas)
+    box, half = sub.pixel_map.window, (cell - 1) / 2
+    # The cells whose middle lies in the frame's window.
+    row, column = (
+        np.arange(math.ceil((low - half) / cell), min(size, math.ceil((high - half) / cell)))
+        for low, high, size in ((box.y0, box.y1, rows), (box.x0, box.x1, columns))
+    )
+    row, column = (grid.ravel() for grid in np.meshgrid(row, column, indexing="ij"))
+    x, y = sub.pixel_map.at(column * cell + half, row * cell + half)
     ny, nx = sub.frame.shape
     on = (x >= -0.5) & (x <= nx - 0.5) & (y >= -0.5) & (y <= ny - 0.5)
-    return np.flatnonzero(near)[on]
+    return row[on] * columns + column[on]
 
 
 # --- mega-tiles ---------------------------------------------------------------------------------------------
@@ -253,12 +287,15 @@ def build_megatiles(
     store: ArrayStore,
     *,
     workers: int = 1,
+    results: Results = NOTHING_KEPT,
 ) -> list[tuple[Tile, LotReport]]:
     """One mega-tile per lot that has a usable frame, with a line in the log for each."""
     built = []
     for index, lot in enumerate(lots):
         events.progress("sds_lots", index, len(lots))
-        megatile = build_megatile(lot, subs, sky, calibration, settings, events, store, workers=workers)
+        megatile = build_megatile(
+            lot, subs, sky, calibration, settings, events, store, workers=workers, results=results
+        )
         if megatile is not None:
             seconds = megatile[1].seconds
             events.info("sds_lot_done", index=index + 1, lots=len(lots), frames=len(lot.members), seconds=seconds)
@@ -277,10 +314,11 @@ def build_megatile(
     store: ArrayStore,
     *,
     workers: int = 1,
+    results: Results = NOTHING_KEPT,
 ) -> tuple[Tile, LotReport] | None:
     """Stack one lot in the global WCS: read and mend, warp once, match, weight, reject, average.
 
-    A frame that can no longer be read is left out and named in ``lost``.
+    A frame that can no longer be read, or has changed, is left out and named in ``lost``.
 
     Returns
     -------
@@ -290,19 +328,19 @@ def build_megatile(
         Or None in place of both if no frame of the lot could be read.
     """
     start = time.perf_counter()
-    with store.scratch() as shelf:
-        pixels, lost = load_pixels(lot.members, subs, calibration, events, shelf, workers)
-        if not pixels:
-            return None
-        there = [subs[i] for i in pixels]
-        made = stack_subs(there, list(pixels.values()), sky, settings, events, shelf, workers=workers)
-    used, rejected = dict.fromkeys(lot.members, 0), dict.fromkeys(lot.members, 0)
-    for i, u, r in zip(pixels, made.used, made.rejected, strict=True):
-        used[i], rejected[i] = int(u), int(r)
+
+    def stack(members: Sequence[int]) -> Stack:
+        return stack_subs(members, subs, sky, calibration, settings, events, room=store.room, workers=workers)
+
+    made = results.stack(lot.members, subs, sky, settings, stack, mapped=True)
+    if len(made.lost) == len(lot.members):
+        return None
     window = made.tile.window
     tile = Tile(window, *(store.keep(a) for a in (made.tile.image, made.tile.coverage, made.tile.depth)))
     store.release()
-    report = LotReport(lot, window, tuple(used.values()), tuple(rejected.values()), lost, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    used, rejected = (tuple(counts[i] for i in lot.members) for counts in (made.used, made.rejected))
+    report = LotReport(lot, window, used, rejected, made.lost, seconds)
     return tile, report
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -22,24 +24,27 @@ import psutil
 import lecropper
 from zemosaic import intake as steps
 from zemosaic.assembly import assemble
+from zemosaic.cache import Cache
 from zemosaic.calibrate import Calibration, load_calibration
 from zemosaic.canvas import Canvas, CanvasError
 from zemosaic.cluster import cluster_frames
-from zemosaic.coadd import Coadd, Sub
+from zemosaic.coadd import Sub
 from zemosaic.events import Cancelled, Event, Events, render
 from zemosaic.execute import one_thread_each, worker_count
 from zemosaic.frames import FrameError
 from zemosaic.intake import Intake
-from zemosaic.ledger import FrameRecord, Ledger, LedgerError, TileRecord
+from zemosaic.ledger import FrameRecord, Ledger, LedgerError, TileRecord, fate
 from zemosaic.mastertile import TilePixels, read_master_tile, save_master_tile
 from zemosaic.photometry import Photometry
 from zemosaic.preview import PreviewSettings
 from zemosaic.product import ProductError, ProductFacts, save_product
+from zemosaic.resume import Results
 from zemosaic.settings import Settings, settings_toml
-from zemosaic.stacking import load_pixels, stack_subs
+from zemosaic.stacking import Stack, stack_subs
 from zemosaic.store import ArrayStore
-from zemosaic.tiles import FloatImage, Mosaic, Tile, Window, alpha_of
-from zequalitymt import FrameMetrics, gate_frames, tile_gate, tile_metrics
+from zemosaic.tiles import Mosaic, Tile, Window, alpha_of
+from zemosaic.workplace import UNFINISHED, WorkplaceError, scratch_folder, workplace
+from zequalitymt import SHAPE_FAULTS, Verdict, frame_metrics, judge, kept, tile_gate, tile_metrics
 
 EXIT_ASKED, EXIT_FALLBACK = 0, 3
 
@@ -94,6 +99,8 @@ class Job:
     workers: int
     output_folder: Path
     preplan_path_groups: Sequence[Sequence[Path]] | None
+    verdicts: Mapping[Path, Verdict]
+    results: Results = field(default_factory=Results)
 
 
 @dataclass(frozen=True)
@@ -158,13 +165,21 @@ def run_hierarchical_mosaic(
     output_folder = Path(output_folder)
     routes = routes_for(settings, sds)
     budget = memory_budget(settings)
-    scratch = Path(settings.coadd_memmap_dir) if settings.coadd_memmap_dir else output_folder
+    scratch = scratch_folder(settings.coadd_memmap_dir, output_folder)
     try:
         if output_folder.exists() and not output_folder.is_dir():
             raise RunError(f"{output_folder} is a file: choose another output folder")
-        with one_thread_each(), ArrayStore(_resident(settings, budget), scratch) as store:
-            job, intake = prepare_job(inputs, output_folder, settings, events, store, budget, preplan_path_groups)
+        with (
+            one_thread_each(),
+            workplace(output_folder, scratch) as hidden,
+            ArrayStore(resident_bytes(settings, budget), scratch) as store,
+        ):
+            cache = open_cache(hidden, settings, events)
+            job, intake = prepare_job(
+                inputs, output_folder, settings, events, store, budget, preplan_path_groups, cache
+            )
             route, made, failures = run_routes(routes, job)
+            tell_kept(cache, events)
             events.check_stop()
             events.phase(9, "save")
             ledger = write_ledger(intake, job, made)
@@ -179,7 +194,7 @@ def run_hierarchical_mosaic(
                 settings_text=settings_toml(settings),
                 preview=preview_settings(settings),
             )
-    except (FrameError, CanvasError, ProductError, LedgerError, OSError, MemoryError) as problem:
+    except (FrameError, CanvasError, ProductError, LedgerError, WorkplaceError, OSError, MemoryError) as problem:
         reason = f"{problem.path}: {problem}" if isinstance(problem, FrameError) else str(problem)
         events.failed("run_error_failed", reason=reason)
         raise RunError(reason or type(problem).__name__) from problem
@@ -199,9 +214,26 @@ def memory_budget(settings: Settings) -> int:
     return int(_MEMORY_SHARE * psutil.virtual_memory().available)
 
 
-def _resident(settings: Settings, budget: int) -> int:
+def resident_bytes(settings: Settings, budget: int) -> int:
     """Bytes of tiles to keep in memory: half of a budget that was set, else no more than is useful."""
     return budget // 2 if settings.memory_gb else min(budget // 2, _RESIDENT_TILES)
+
+
+def open_cache(hidden: Path, settings: Settings, events: Events) -> Cache:
+    """The results of earlier runs, and the room for those of this one, as ``resume`` says."""
+    if settings.resume == "off":
+        return Cache(None)
+    limit = settings.resume_cache_gb * 2**30 if settings.resume == "auto" else math.inf
+    return Cache(hidden / "results", limit, trouble=lambda reason: events.warning("run_warn_not_kept", reason=reason))
+
+
+def tell_kept(cache: Cache, events: Events) -> None:
+    """Say what of earlier runs was used, and what is kept for later ones."""
+    found = cache.found
+    if found:
+        events.info("run_info_reused", measures=found["measures"], tiles=found["tiles"])
+    if cache.folder is not None and cache.size:
+        events.info("run_info_kept", size_gb=cache.size / 2**30, folder=cache.folder.parent)
 
 
 def prepare_job(
@@ -212,6 +244,7 @@ def prepare_job(
     store: ArrayStore,
     budget: int,
     preplan_path_groups: Sequence[Sequence[Path]] | None,
+    cache: Cache,
 ) -> tuple[Job, Intake]:
     """Everything before the route: headers → canvas → stars and sky → gate → one photometric scale."""
     workers = worker_count(settings.num_processing_workers)
@@ -220,28 +253,59 @@ def prepare_job(
         calibration, settings = Calibration(), _for_tiles(settings)
     events.phase(1, "scan")
     intake = steps.scan(inputs, workers, events, tiles=settings.use_existing_master_tiles)
-    events.phase(2, "canvas")
-    canvas = steps.place(intake, settings, events, budget, output_folder)
-    events.phase(3, "measure")
+    intake.results = Results.of_run(cache, intake.stamps, calibration)
+    steps.foresee(intake, settings, events, budget, output_folder)
+    events.phase(2, "measure")
     steps.measure_all(intake, calibration, settings, workers, events)
-    gate(intake, settings, events)
+    events.phase(3, "solve")
+    if not settings.use_existing_master_tiles:
+        steps.locate_all(intake, settings, workers, events)
+    canvas = steps.place(intake, settings, events, budget, output_folder)
+    cache.spare = math.prod(canvas.shape) * 4 * 5  # the product is still to be written
+    verdicts = gate(intake, settings, events)
     events.phase(4, "levels")
     subs, photometry = steps.match(intake, canvas, settings, workers, events)
     job = Job(
-        subs, photometry, canvas, calibration, settings, events, store, workers, output_folder, preplan_path_groups
+        subs,
+        photometry,
+        canvas,
+        calibration,
+        settings,
+        events,
+        store,
+        workers,
+        output_folder,
+        preplan_path_groups,
+        verdicts,
+        intake.results,
     )
     return job, intake
 
 
-def gate(intake: Intake, settings: Settings, events: Events) -> None:
-    """Leave out frames that are blurred, trailed or clouded far beyond the rest of the night."""
-    if not settings.blur_filter:
-        return
-    metrics = [
-        FrameMetrics(stars=m.detected, fwhm=m.fwhm, ellipticity=m.ellipticity, trailing=m.trailing)
-        for m in intake.measures
-    ]
-    intake.drop(gate_frames(metrics, blur_factor=settings.blur_filter_factor), events)
+def gate(intake: Intake, settings: Settings, events: Events) -> dict[Path, Verdict]:
+    """Judge every frame against its night, and leave out those with a fault that the settings do not tolerate.
+
+    Returns
+    -------
+    dict
+        File → its metrics and verdict, of the frames left out too.
+    """
+    verdicts = judge(
+        intake.frames,
+        intake.measures,
+        blur_factor=settings.blur_filter_factor,
+        transparency=settings.cloud_filter_transparency,
+    )
+    faults = set(SHAPE_FAULTS if settings.blur_filter else ())
+    if settings.cloud_filter and not settings.use_existing_master_tiles:  # each of those has a scale of its own
+        faults |= {"clouded", "dimmed"} if settings.cloud_filter_dimmed else {"clouded"}
+    stay = kept(verdicts, faults)
+    noted = [v for v, stays in zip(verdicts, stay, strict=True) if stays and v.fault]
+    if noted:
+        examples = "; ".join(f"{v.frame.path.name} {v.reason}" for v in noted[:3])
+        events.info("run_info_frames_noted", n=len(noted), examples=examples)
+    intake.drop(["" if stays else v.reason for v, stays in zip(verdicts, stay, strict=True)], events)
+    return {v.frame.path: v for v in verdicts}
 
 
 def run_routes(routes: Sequence[str], job: Job) -> tuple[str, RouteResult, list[str]]:
@@ -285,6 +349,7 @@ def _sds(job: Job) -> RouteResult:
         job.store,
         workers=job.workers,
         preplan_path_groups=job.preplan_path_groups,
+        results=job.results,
     )
     outcomes = [Outcome(-1, 0, 0, "no lot took it")] * len(job.subs)
     tiles = []
@@ -312,17 +377,11 @@ def _mosaic_first(job: Job) -> RouteResult:
     """All frames straight onto the global canvas, block by block."""
     events, settings = job.events, job.settings
     events.phase(5, "mosaic_first")
-    pixels, lost = _load(range(len(job.subs)), job, job.store)
-    there = [i for i in range(len(job.subs)) if i not in lost]
-    whole = Window.of_shape(job.canvas.shape)
-    made = _stack([job.subs[i] for i in there], [pixels[i] for i in there], job, job.store, window=whole)
-    job.store.clear()
+    made = _stack(range(len(job.subs)), job, Window.of_shape(job.canvas.shape))
     tile = made.tile
     mosaic = Mosaic(tile.image, tile.coverage, alpha_of(tile.coverage), job.canvas.wcs.deepcopy())
     mosaic, history = lecropper.polish(_with_data(mosaic), settings, events, keep=CLASSIC_KEEP)
-    outcomes = [Outcome(-1, 0, 0, lost.get(i, "")) for i in range(len(job.subs))]
-    for i, used, rejected in zip(there, made.used, made.rejected, strict=True):
-        outcomes[i] = Outcome(-1, int(used), int(rejected))
+    outcomes = [Outcome(-1, made.used[i], made.rejected[i], made.lost.get(i, "")) for i in range(len(job.subs))]
     return RouteResult(mosaic, outcomes, (), history)
 
 
@@ -374,16 +433,12 @@ def build_master_tiles(job: Job, folder: Path, outcomes: list[Outcome], records:
     for index, group in enumerate(groups):
         events.progress("master_tiles", index, len(groups))
         start = time.perf_counter()
-        with job.store.scratch() as shelf:
-            pixels, lost = _load(group, job, shelf)
-            there = [i for i in group if i not in lost]
-            made = _stack([job.subs[i] for i in there], [pixels[i] for i in there], job, shelf) if there else None
-        for i in lost:
-            outcomes[i] = Outcome(index, 0, 0, lost[i])
-        if made is None:
+        made = _stack(group, job)
+        for i in group:
+            outcomes[i] = Outcome(index, made.used[i], made.rejected[i], made.lost.get(i, ""))
+        there = [i for i in group if i not in made.lost]
+        if not there:
             continue
-        for i, used, rejected in zip(there, made.used, made.rejected, strict=True):
-            outcomes[i] = Outcome(index, int(used), int(rejected))
         tile, reason = finish_tile(made.tile, job)
         if reason:
             events.warning("run_warn_tile_rejected", index=index + 1, reason=reason)
@@ -416,9 +471,11 @@ def fresh_folder(parent: Path, name: str) -> Iterator[Path]:
             continue
         break
     try:
+        (folder / UNFINISHED).touch()
         yield folder
     finally:
         with suppress(OSError):
+            (folder / UNFINISHED).unlink()
             folder.rmdir()  # which takes nothing but empty folders
 
 
@@ -473,13 +530,23 @@ def _read_tiles(tiles: Sequence[Sub], job: Job) -> Iterator[tuple[Sub, TilePixel
     job.events.progress("phase5_incremental", len(tiles), len(tiles))
 
 
-def _stack(subs: Sequence[Sub], pixels: Sequence[FloatImage], job: Job, store: ArrayStore, **where: Window) -> Coadd:
+def _stack(members: Sequence[int], job: Job, window: Window | None = None) -> Stack:
     sky, settings = job.photometry.sky, job.settings
-    return stack_subs(subs, pixels, sky, settings, job.events, store, workers=job.workers, **where)
 
+    def stack(members: Sequence[int]) -> Stack:
+        return stack_subs(
+            members,
+            job.subs,
+            sky,
+            job.calibration,
+            settings,
+            job.events,
+            room=job.store.room,
+            workers=job.workers,
+            window=window,
+        )
 
-def _load(members: Iterable[int], job: Job, store: ArrayStore) -> tuple[dict[int, FloatImage], dict[int, str]]:
-    return load_pixels(members, job.subs, job.calibration, job.events, store, job.workers)
+    return job.results.stack(members, job.subs, sky, settings, stack, window=window)
 
 
 def _with_data(mosaic: Mosaic) -> Mosaic:
@@ -515,30 +582,41 @@ def write_ledger(intake: Intake, job: Job, made: RouteResult) -> Ledger:
     """
     names = short_names(intake.files)
     ledger = Ledger(
-        FrameRecord(names[p], "rejected", why, fwhm=intake.measured[p].fwhm if p in intake.measured else np.nan)
-        for p, why in intake.rejected.items()
+        FrameRecord(names[p], "rejected", why, **_facts(p, intake, job)) for p, why in intake.rejected.items()
     )
-    for sub, measure, outcome in zip(job.subs, intake.measures, made.outcomes, strict=True):
-        frame, seen = sub.frame, outcome.used + outcome.rejected
-        why = outcome.lost or ("" if outcome.used else "none of its pixels was used")
+    for sub, outcome in zip(job.subs, made.outcomes, strict=True):
+        status, why, share = fate(outcome.used, outcome.rejected, outcome.lost)
         ledger.add(
             FrameRecord(
-                names[frame.path],
-                "rejected" if why else "used",
+                names[sub.frame.path],
+                status,
                 why,
                 outcome.lot,
-                frame.exposure if frame.exposure is not None else np.nan,
-                frame.date_obs,
-                tuple(sub.adjustment.gain.tolist()),
-                tuple(sub.adjustment.plane[:, 0].tolist()),
-                float(sub.weight.mean()),
-                measure.fwhm,
-                float(measure.sky.mean()),
-                outcome.rejected / seen if seen else np.nan,
+                gain=tuple(sub.adjustment.gain.tolist()),
+                level=tuple(sub.adjustment.plane[:, 0].tolist()),
+                weight=float(sub.weight.mean()),
+                rejected_share=share,
+                **_facts(sub.frame.path, intake, job),
             )
         )
-    ledger.check(names.values())
+    ledger.check(names.values(), made.tiles)
     return ledger
+
+
+def _facts(path: Path, intake: Intake, job: Job) -> dict[str, Any]:
+    """What the ledger says of any frame that was measured, used or not."""
+    verdict, measure = job.verdicts.get(path), intake.measured.get(path)
+    if measure is None:
+        return {}
+    metrics = verdict.metrics if verdict else frame_metrics(measure)
+    names = ("fwhm", "sky", "stars", "ellipticity", "trailing", "snr", "transparency")
+    facts: dict[str, Any] = {name: getattr(metrics, name) for name in names}
+    if verdict:
+        exposure = verdict.frame.exposure
+        facts["exposure"] = np.nan if exposure is None else exposure
+        facts["date_obs"] = verdict.frame.date_obs
+        facts["remark"] = "" if path in intake.rejected else verdict.reason
+    return facts
 
 
 def short_names(files: Sequence[Path]) -> dict[Path, str]:

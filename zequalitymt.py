@@ -1,7 +1,8 @@
 """How good a frame or a tile is, and which of them are too bad to be stacked.
 
-Frames are judged against the night they belong to, tiles against their own interior; nothing here knows an
-absolute "good". ``python zequalitymt.py FILES [--json]`` prints the metrics and the verdict.
+Frames are judged against the night they belong to and the frames of the same field, tiles against their own
+interior; nothing here knows an absolute "good". ``zequalitymt FILES [--json]`` prints the metrics and the verdict.
+docs/quality.md has all formulas.
 """
 
 from __future__ import annotations
@@ -9,34 +10,51 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
-import sep
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from zemosaic.frames import FrameError, find_files, read_frame, read_pixels
+from zemosaic.calibrate import Calibration
+from zemosaic.execute import one_thread_each, thread_map, worker_count
+from zemosaic.frames import Frame, FrameError, find_files, read_frame
+from zemosaic.measure import FrameMeasure, choose_aperture, measure_frame
+from zemosaic.night import CLEAR, compare, needed, nights
+from zemosaic.stars import Aperture
 from zemosaic.tiles import FloatImage
 
 FloatArray = NDArray[np.float64]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
-DETECT_SIGMA = 4.0  # of the sky noise, in the image smoothed by sep's 3x3 kernel
-MESH_PX = 32  # background mesh; follows nebulae, far wider than a blurred star
-MAX_MEASURED = 200  # stars whose shape is measured; their median has settled long before
-MIN_MEASURED = 5  # stars below which a median shape means nothing
-SHARP = 0.15  # 4th-brightest over brightest pixel of a 3x3 box: below it no optics made this source
-PIXEL_FWHM2 = 2 * 8 * math.log(2) / 12  # px^2: see frame_metrics
+CELL_FWHM2 = 2 * 8 * math.log(2) * 2**2 / 12  # px^2: see frame_metrics
+
+SHAPE_FAULTS = ("doubled", "trailed", "blurred", "misplaced")
+
+FEW_FRAMES = 5  # fewer are no night to be judged by
+FEW_STARS = 20  # sources below which it means nothing that others do not see them
+FEW_SHAPES = 8  # sources below which a common elongation means nothing
+BLUR_FACTOR = 1.6  # FWHM over the night's median that is called blurred
+DOUBLED = 0.35  # share of doubled stars above the night's that is called doubled
+TRAILING = 0.2  # common elongation above the night's that is called trailed
+MISPLACED = 0.3  # share of stars in place, against the frames around, under which a WCS is called wrong
+OFFSET = 1.0  # px above the night's by which stars are out of place
+PATCHY = 0.1  # scatter of a frame's star fluxes (ln units) above the night's that is called clouded
+UNEVEN, UNEVEN_NOISE = 2.5, 0.5  # structure of the sky, against frames of the same aim and a pixel's noise
+STARVED = 0.2  # share of the night's stars under which a frame is called clouded
+OPAQUE = 0.2  # transparency under which it is: such a frame has under a twentieth of the usual weight
+GLOW, MOST_GLOW = 0.2, 1.5  # exponent and end of the part that a brighter sky has in calling a frame dimmed
 
 MIN_BAND_DATA = 256  # px with data from which noise and level can be measured
-FEW_FRAMES = 5  # fewer are no night to be judged by
-STARVED = 0.2  # share of the night's stars under which a frame is called clouded
-TRAILING = 0.2  # common elongation above the night's that is called trailed
-
 NOISE_FLOOR = 0.1  # least scatter of the noise, in units of it: an even interior makes no outliers
 LEVEL_FLOOR = 0.5  # least scatter of the level, in units of the noise of a single frame
 
@@ -48,21 +66,23 @@ class FrameMetrics:
     Parameters
     ----------
     stars : int
-        Sources that look like stars.
+        Sources found, up to the 400 brightest.
     fwhm : float
-        Median full width at half maximum, px of the full frame.
+        Typical full width at half maximum, px of the frame.
     ellipticity : float
         Median ``1 - b / a``.
-    trailing : float
-        Elongation common to the stars, 0..1: length of the median of the vectors
-        ``(a^2 - b^2) / (a^2 + b^2) * (cos 2 theta, sin 2 theta)``. Noise and optics point
-        everywhere and cancel.
-    angle : float
-        Direction of the trailing, degrees from the x axis towards y, 0..180.
+    trailing, angle : float
+        Elongation common to the stars, 0..1, and its direction, degrees from the x axis towards y.
+    doubled, jump : float
+        Share of the stars with a companion at one and the same shift, and the length of that shift, px.
     sky, noise : float
-        Median sky and noise of one pixel of the image that was measured, ADU.
+        Sky, and noise of one photosite, means of the colours, ADU.
+    structure : float
+        Unevenness of the sky, ADU.
     snr : float
-        Median signal-to-noise of the measured stars within their half-light circle.
+        Median flux of the 10 brightest stars that are fit for photometry over the sky's noise in the aperture.
+    transparency, patchiness, unevenness, placed, offset : float
+        See `zemosaic.night.Comparison`.
     """
 
     stars: int = 0
@@ -70,159 +90,202 @@ class FrameMetrics:
     ellipticity: float = math.nan
     trailing: float = math.nan
     angle: float = math.nan
+    doubled: float = math.nan
+    jump: float = math.nan
     sky: float = math.nan
     noise: float = math.nan
+    structure: float = math.nan
     snr: float = math.nan
+    transparency: float = math.nan
+    patchiness: float = math.nan
+    unevenness: float = math.nan
+    placed: float = math.nan
+    offset: float = math.nan
 
 
 @dataclass(frozen=True)
-class _Sources:
-    """What `_detect` found: how many stars, and the shapes of the brightest.
+class Verdict:
+    """A frame, how good it is, what its fault is ("" for none) and which night it was judged by."""
 
-    All arrays ``(n,)`` float64: half-light radius and second-moment axes in px, position angle in radians.
-    """
+    frame: Frame
+    metrics: FrameMetrics
+    reason: str
+    night: str
 
-    count: int
-    flux: FloatArray
-    radius: FloatArray
-    a: FloatArray
-    b: FloatArray
-    theta: FloatArray
-    sky: float
-    noise: float
+    @property
+    def fault(self) -> str:
+        """First word of the reason: doubled, trailed, blurred, misplaced, clouded, dimmed or ""."""
+        return self.reason.partition(":")[0]
 
 
-def frame_metrics(luminance: FloatImage, scale: float = 1.0, saturation: float = math.inf) -> FrameMetrics:
-    """Measure a frame.
-
-    Parameters
-    ----------
-    luminance : ndarray
-        ``(h, w)`` float32, ADU, NaN = no data; usually the means of the 2x2 cells of the sensor. Hot
-        pixels do no harm.
-    scale : float
-        Pixels of the full frame per pixel of `luminance` (2 for 2x2 cells); `fwhm` is given in the former.
-    saturation : float
-        ADU of `luminance` from which a star's shape is not to be trusted.
-
-    Returns
-    -------
-    FrameMetrics
-        ``stars = 0`` and NaN shapes for a frame without a star.
+def frame_metrics(measure: FrameMeasure, **compared: float) -> FrameMetrics:
+    """What the measure of a frame tells of its quality, and what the comparison with its night told (`compared`).
 
     Notes
     -----
     FWHM is twice the half-light radius r50, which is exact for a Gaussian, less the width that sampling
-    adds: a pixel is a box of variance 1/12 px^2, once as the detector integrates over it and once more as the
-    aperture takes its light as spread evenly, in FWHM^2 together ``2 * 8 ln 2 / 12 = 0.92`` px^2. Real
+    adds: a cell of 2x2 px is a box of variance 2²/12 px², once as it collects the light and once more as the
+    aperture takes its light as spread evenly, in FWHM² together ``2 * 8 ln 2 * 4 / 12 = 3.7`` px². Real
     stars have wings, which widen r50: for a Moffat profile of beta = 3 the result is a quarter above
     the true FWHM. All frames of a night share this bias, and they are only compared with each other.
     """
-    found = _detect(luminance, saturation)
-    metrics = FrameMetrics(stars=found.count, sky=found.sky, noise=found.noise)
-    if found.flux.size < MIN_MEASURED:
-        return metrics
-    width2 = np.maximum((2 * found.radius) ** 2 - PIXEL_FWHM2, 0.25)
-    elongation = (found.a**2 - found.b**2) / (found.a**2 + found.b**2)
-    along = float(np.median(elongation * np.cos(2 * found.theta)))
-    across = float(np.median(elongation * np.sin(2 * found.theta)))
     return FrameMetrics(
-        stars=found.count,
-        fwhm=scale * float(np.sqrt(np.median(width2))),
-        ellipticity=float(np.median(1 - found.b / found.a)),
-        trailing=math.hypot(along, across),
-        angle=math.degrees(math.atan2(across, along)) / 2 % 180,
-        sky=found.sky,
-        noise=found.noise,
-        snr=float(np.median(found.flux / (2 * math.sqrt(math.pi) * found.noise * found.radius))),
+        stars=measure.detected,
+        fwhm=math.sqrt(max(measure.fwhm**2 - CELL_FWHM2, 0.25)),
+        ellipticity=measure.ellipticity,
+        trailing=measure.trailing,
+        angle=measure.angle,
+        doubled=measure.doubled,
+        jump=measure.jump,
+        sky=float(measure.sky.mean()),
+        noise=float(measure.noise.mean()),
+        structure=measure.structure,
+        snr=measure.snr,
+        **compared,
     )
 
 
-def _detect(luminance: FloatImage, saturation: float) -> _Sources:
-    """Find stars over the local background, and measure the brightest.
-
-    Close pairs are not taken apart and neighbours not left out: the medians over the brightest do not notice
-    them, not even in a simulated field of 1800 detections (FWHM within 1 %).
-    """
-    image = np.array(luminance, dtype=np.float32, order="C")  # a copy: sep subtracts in place
-    blank = ~np.isfinite(image)
-    image[blank] = 0
-    none = np.zeros(0)
-    if image.size - np.count_nonzero(blank) < MESH_PX**2:
-        return _Sources(0, none, none, none, none, none, math.nan, math.nan)
-    background = sep.Background(image, mask=blank, bw=MESH_PX, bh=MESH_PX)
-    background.subfrom(image)
-    image[blank] = 0
-    sky, noise = background.globalback, background.globalrms
-    # A buffer as large as the image cannot overflow, nor can deblending that is switched off.
-    sep.set_extract_pixstack(max(sep.get_extract_pixstack(), image.size))
-    found = sep.extract(image, DETECT_SIGMA * noise, mask=blank, minarea=4, deblend_cont=1.0)
-    found = found[(found["flag"] & (sep.OBJ_TRUNC | sep.OBJ_SINGU) == 0) & ~_sharp(image, found)]
-    found = found[np.argsort(-found["peak"], kind="stable")]
-    count = len(found)
-    found = found[(found["peak"] + sky < saturation) & (found["b"] > 0)][:MAX_MEASURED]
-    if not len(found):
-        return _Sources(count, none, none, none, none, none, sky, noise)
-    reach = np.clip(4 * found["a"], 4, 16)
-    radius, trouble = sep.flux_radius(image, found["x"], found["y"], reach, 0.5, subpix=5)
-    good = (trouble == 0) & (radius > 0)
-    flux, a, b, theta = (found[name][good].astype(np.float64) for name in ("flux", "a", "b", "theta"))
-    return _Sources(count, flux, radius[good], a, b, theta, sky, noise)
+def judge(
+    frames: Sequence[Frame],
+    measures: Sequence[FrameMeasure],
+    *,
+    blur_factor: float = BLUR_FACTOR,
+    transparency: float = CLEAR,
+) -> list[Verdict]:
+    """Metrics and verdict of frames of any number of cameras and nights: see `gate_frames`."""
+    labels = nights(frames)
+    verdicts: dict[int, Verdict] = {}
+    for label in dict.fromkeys(labels):
+        members = [i for i, own in enumerate(labels) if own == label]
+        told = asdict(compare([frames[i] for i in members], [measures[i] for i in members]))
+        metrics = [
+            frame_metrics(measures[i], **{name: float(values[k]) for name, values in told.items()})
+            for k, i in enumerate(members)
+        ]
+        reasons = gate_frames(metrics, blur_factor=blur_factor, transparency=transparency)
+        verdicts |= {i: Verdict(frames[i], m, why, label) for i, m, why in zip(members, metrics, reasons, strict=True)}
+    return [verdicts[i] for i in range(len(frames))]
 
 
-def _sharp(image: FloatImage, found: NDArray[np.void]) -> NDArray[np.bool_]:
-    """Hot pixels and cosmic hits: sources sharper than any star, or with their peak on the border."""
-    height, width = image.shape
-    x, y = found["xpeak"], found["ypeak"]
-    inside = (x > 0) & (y > 0) & (x < width - 1) & (y < height - 1)
-    x, y = np.clip(x, 1, width - 2), np.clip(y, 1, height - 2)
-    box = np.sort([image[y + j, x + i] for j in (-1, 0, 1) for i in (-1, 0, 1)], axis=0)
-    return ~inside | (box[-4] < SHARP * box[-1])
+def gate_frames(
+    metrics: Sequence[FrameMetrics], *, blur_factor: float = BLUR_FACTOR, transparency: float = CLEAR
+) -> list[str]:
+    """Which frames of a night have a fault.
 
+    Losing a good frame is worse than keeping a poor one, whose weight will be small. A frame gets the first
+    of these faults that applies:
 
-def gate_frames(metrics: Sequence[FrameMetrics], *, blur_factor: float = 1.6) -> list[str]:
-    """Which frames of a night are too bad to be stacked.
+    * *doubled*: the mount jumped within the exposure. The share of doubled stars exceeds the night's median by
+      0.35 and by 5 robust sigmas;
+    * *trailed*: the common elongation exceeds the night's median by 0.2 and by 5 robust sigmas;
+    * *blurred*: the FWHM exceeds `blur_factor` times the night's median;
+    * *misplaced*: its WCS is wrong. The frames around see under 0.3 of the usual share of its stars in their
+      place, or the stars are 1 px and 5 robust sigmas farther off than the night's median;
+    * *clouded*: the star fluxes scatter by 0.1 and by 5 robust sigmas more than the night's median; or the sky
+      is 2.5 times as uneven as in frames of the same aim, and by half the noise of a pixel at least; or the
+      stars have less than 0.2 of their light; or, where that could not be measured, there are under 0.2 of the
+      night's median of stars and this is 4 robust sigmas off in ln(stars), so that panels of sparse sky pass;
+    * *dimmed*: the stars have less than `transparency` of their light in the clear frames. Clouds brighten most
+      skies: where the sky is brighter than the night's, the limit rises by (noise² / median noise²)^0.2, 8 % at
+      most.
 
-    Losing a good frame is worse than keeping a poor one, whose weight will be small. A frame is out only if
-
-    * *blurred*: its FWHM exceeds `blur_factor` times the night's median;
-    * *trailed*: its common elongation exceeds the night's median by 0.2 and by 5 robust sigmas;
-    * *clouded*: it shows under 0.2 of the night's median of stars, and this is 4 robust sigmas off in
-      ln(stars), so that panels of sparse sky pass in a mosaic whose star density varies.
-
-    Of fewer than 5 frames only gross outliers go: the factors are squared, the elongation doubled.
+    Of fewer than 5 frames only gross outliers have a fault: the factors are squared, the excesses doubled.
 
     Parameters
     ----------
     metrics : sequence of FrameMetrics
-        Frames of one instrument, all measured in the same way.
+        Frames of one instrument and night, all measured in the same way.
     blur_factor : float
         > 1.
+    transparency : float
+        0..1.
 
     Returns
     -------
     list of str
-        For every frame the reason to leave it out, or "" for a good one.
+        For every frame its fault and the figures that show it, or "" for a good one.
     """
-    power = 2 if len(metrics) < FEW_FRAMES else 1
-    fwhm = _low_median([m.fwhm for m in metrics])
-    trailing = [m.trailing for m in metrics]
-    trail_mid = _low_median(trailing)
-    trail_limit = trail_mid + max(power * TRAILING, 5 * _scatter(trailing, trail_mid))
-    stars = _low_median([float(m.stars) for m in metrics])
-    log_stars = [math.log(m.stars + 1) for m in metrics]
-    few = math.log(stars + 1) - 4 * _scatter(log_stars, math.log(stars + 1)) if metrics else 0.0
+    if not metrics:
+        return []
+    night = _Night.of(metrics, blur_factor, transparency)
+    return [night.shape_fault(m) or night.light_fault(m) for m in metrics]
 
-    def reason(m: FrameMetrics) -> str:
-        if m.stars < STARVED**power * stars and math.log(m.stars + 1) < few:
-            return f"clouded: {m.stars} stars, the night's median is {stars:.0f}"
-        if m.trailing > trail_limit:
-            return f"trailed: stars elongated by {m.trailing:.2f}, the night's median is {trail_mid:.2f}"
-        if m.fwhm > blur_factor**power * fwhm:
-            return f"blurred: FWHM {m.fwhm:.1f} px, the night's median is {fwhm:.1f} px"
+
+@dataclass(frozen=True)
+class _Night:
+    """What is usual in a night, and the limits that follow; see `gate_frames`."""
+
+    stars: float
+    few_stars: float
+    fwhm: float
+    noise: float
+    blur_factor: float
+    transparency: float
+    doubled: float
+    trailing: float
+    offset: float
+    patchiness: float
+    power: int
+
+    @classmethod
+    def of(cls, metrics: Sequence[FrameMetrics], blur_factor: float, transparency: float) -> _Night:
+        power = 2 if len(metrics) < FEW_FRAMES else 1
+        stars = _low_median([float(m.stars) for m in metrics])
+        log_stars, usual = [math.log(m.stars + 1) for m in metrics], math.log(stars + 1)
+        sparse = math.exp(usual - 4 * _scatter(log_stars, usual)) - 1
+        return cls(
+            stars=stars,
+            few_stars=min(STARVED**power * stars, sparse),
+            fwhm=_low_median([m.fwhm for m in metrics]),
+            noise=_low_median([m.noise for m in metrics]),
+            blur_factor=blur_factor**power,
+            transparency=transparency,
+            doubled=_limit([m.doubled for m in metrics], power * DOUBLED),
+            trailing=_limit([m.trailing for m in metrics], power * TRAILING),
+            offset=_limit([m.offset for m in metrics], power * OFFSET),
+            patchiness=_limit([m.patchiness for m in metrics], power * PATCHY),
+            power=power,
+        )
+
+    def shape_fault(self, m: FrameMetrics) -> str:
+        if m.doubled > self.doubled:
+            return f"doubled: {m.doubled:.0%} of its stars are there twice, {m.jump:.0f} px apart"
+        if m.trailing > self.trailing and m.stars >= FEW_SHAPES:
+            return f"trailed: stars elongated by {m.trailing:.2f}, the night's limit is {self.trailing:.2f}"
+        if m.fwhm > self.blur_factor * self.fwhm:
+            return f"blurred: FWHM {m.fwhm:.1f} px, the night's median is {self.fwhm:.1f} px"
+        if m.placed < MISPLACED**self.power and m.stars >= FEW_STARS:
+            return f"misplaced: the frames around see {m.placed:.0%} of the usual share of its stars in their place"
+        if m.offset > self.offset:
+            return f"misplaced: its stars are {m.offset:.1f} px from where other frames see them"
         return ""
 
-    return [reason(m) for m in metrics]
+    def light_fault(self, m: FrameMetrics) -> str:
+        if m.patchiness > self.patchiness:
+            return f"clouded: its stars are dimmed unevenly, by {m.patchiness:.0%} (1 sigma)"
+        if m.unevenness > UNEVEN**self.power and m.structure > UNEVEN_NOISE * m.noise:
+            return f"clouded: its sky is {m.unevenness:.1f} times as uneven as in frames of the same aim"
+        if math.isnan(m.transparency):
+            few = m.stars < self.few_stars
+            return f"clouded: {m.stars} stars, the night's median is {self.stars:.0f}" if few else ""
+        glow = min(max((m.noise / self.noise) ** 2, 1.0), MOST_GLOW) if self.noise > 0 else 1.0
+        if m.transparency < (self.transparency * glow**GLOW) ** self.power:
+            word = "clouded" if m.transparency < OPAQUE else "dimmed"
+            return f"{word}: its stars have {m.transparency:.0%} of their light in the night's clear frames"
+        return ""
+
+
+def kept(verdicts: Sequence[Verdict], faults: Collection[str]) -> list[bool]:
+    """Which frames to stack if frames with these faults are to be left out.
+
+    Dimmed ones stay where too little would be left of their field (see `zemosaic.night.needed`).
+    """
+    stay = [v.fault not in faults for v in verdicts]
+    rivals = [i for i, v in enumerate(verdicts) if v.frame.wcs is not None and (stay[i] or v.fault == "dimmed")]
+    dimmed = np.array([not stay[i] for i in rivals], bool)
+    for i, needs in zip(rivals, needed([verdicts[i].frame for i in rivals], dimmed).tolist(), strict=True):
+        stay[i] = stay[i] or needs
+    return stay
 
 
 def _low_median(values: Sequence[float]) -> float:
@@ -235,6 +298,15 @@ def _scatter(values: Sequence[float], centre: float) -> float:
     """Scaled median absolute deviation of the finite values; 0 without any."""
     deviation = [abs(v - centre) for v in values if math.isfinite(v)]
     return 1.4826 * float(np.median(deviation)) if deviation else 0.0
+
+
+def _limit(values: Sequence[float], excess: float) -> float:
+    """The night's median and on top of it `excess` or 5 robust sigmas, whichever is more."""
+    centre = _low_median(values)
+    return centre + max(excess, 5 * _scatter(values, centre))
+
+
+# --- tiles --------------------------------------------------------------------------------------------------
 
 
 def centre_and_scatter(values: FloatArray) -> tuple[float, float]:
@@ -383,64 +455,112 @@ def tile_gate(metrics: TileMetrics, threshold: float = 0.48) -> str:
     return f"score {metrics.score:.2f} under {threshold:.2f} ({parts})"
 
 
-def binned_luminance(pixels: FloatImage) -> tuple[FloatImage, float]:
-    """Mean of the 2x2 cells (and colours) of a frame, CFA or not, and its scale of 2 for `frame_metrics`."""
-    grey = pixels.mean(axis=2) if pixels.ndim == 3 else pixels
-    ny, nx = grey.shape[0] // 2, grey.shape[1] // 2
-    return grey[: 2 * ny, : 2 * nx].reshape(ny, 2, nx, 2).mean(axis=(1, 3)), 2.0
+# --- the command line ---------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line: metrics and verdict of FITS frames.
+    """Command line: metrics and verdict of FITS frames, which are only read.
 
     Returns
     -------
     int
-        0, or 1 if a file could not be read.
+        0, or 1 if a file could not be read or copied.
     """
+    options = _parser().parse_args(argv)
+    with one_thread_each():
+        frames, measures, problems = _measure_files(options.files, worker_count(options.workers))
+    verdicts = judge(frames, measures, blur_factor=options.blur_factor, transparency=options.transparency)
+    if options.move_rejects:
+        problems += copy_rejects(verdicts, options.move_rejects)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(_as_json(verdicts) if options.json else _as_table(verdicts))
+    return 1 if problems else 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="zequalitymt", description="Metrics and verdict of the frames of a night.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILES", help="FITS frames, or folders of them")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--blur-factor", type=float, default=1.6, help="FWHM over the night's median (1.6)")
-    options = parser.parse_args(argv)
-    paths, metrics, failures = [], [], 0
-    for path in find_files(options.files):
-        try:
-            frame = read_frame(path)
-            luminance, scale = binned_luminance(read_pixels(frame))
-        except FrameError as problem:
-            print(f"{path}: {problem}", file=sys.stderr)
-            failures += 1
-            continue
-        paths.append(path)
-        # The mean of a cell stays well below its brightest photosite.
-        metrics.append(frame_metrics(luminance, scale, 0.5 * frame.saturation))
-    reasons = gate_frames(metrics, blur_factor=options.blur_factor)
-    rows = list(zip(paths, metrics, reasons, strict=True))
-    print(_as_json(rows) if options.json else _as_table(rows))
-    return 1 if failures else 0
-
-
-def _as_json(rows: Sequence[tuple[Path, FrameMetrics, str]]) -> str:
-    """A list of objects; what could not be measured is null."""
-    return json.dumps(
-        [
-            {"file": str(path)}
-            | {name: value if math.isfinite(value) else None for name, value in asdict(m).items()}
-            | {"reason": reason}
-            for path, m, reason in rows
-        ],
-        indent=1,
+    parser.add_argument("--move-rejects", type=Path, metavar="DIR", help="copy the frames with a fault there")
+    limits = (
+        ("--blur-factor", BLUR_FACTOR, "FWHM over the night's median that is called blurred"),
+        ("--transparency", CLEAR, "share of their light below which stars are called dimmed"),
     )
+    for name, default, text in limits:
+        parser.add_argument(name, type=float, default=default, metavar="X", help=f"{text} ({default})")
+    parser.add_argument("--workers", type=int, default=-1, metavar="N", help="frames measured at the same time")
+    return parser
 
 
-def _as_table(rows: Sequence[tuple[Path, FrameMetrics, str]]) -> str:
-    """One line a frame, the path last."""
-    lines = [f"{'stars':>5} {'FWHM':>6} {'ellip':>6} {'trail':>6} {'sky':>9} {'noise':>8} {'S/N':>7}  file"]
-    for path, m, reason in rows:
+def _measure_files(inputs: Sequence[Path], workers: int) -> tuple[list[Frame], list[FrameMeasure], list[str]]:
+    """Every frame that can be read and its measure, in order of time, and what is wrong with the others."""
+    problems: list[str] = []
+
+    def attempt(work: Callable[[Item], Result], item: Item) -> Result | None:
+        try:
+            return work(item)
+        except FrameError as problem:
+            problems.append(f"{problem.path}: {problem}")
+            return None
+
+    paths = attempt(find_files, inputs) or []
+    read = thread_map(partial(attempt, read_frame), paths, workers)
+    frames = sorted((f for f in read if f), key=lambda f: (f.date_obs, f.path.name, str(f.path)))
+    aperture = choose_aperture(frames, Calibration()) if frames else Aperture()
+    measure = partial(measure_frame, calibration=Calibration(), aperture=aperture)
+    measures = list(thread_map(partial(attempt, measure), frames, workers))
+    there = [(f, m) for f, m in zip(frames, measures, strict=True) if m]
+    return [f for f, _ in there], [m for _, m in there], sorted(problems)
+
+
+def copy_rejects(verdicts: Sequence[Verdict], folder: Path) -> list[str]:
+    """Copy the frames with a fault below `folder`, by their paths below the folder that holds all frames.
+
+    Nothing is ever overwritten, and the frames themselves stay where they are.
+
+    Returns
+    -------
+    list of str
+        What could not be copied, and why.
+    """
+    problems = []
+    parents = [os.path.abspath(v.frame.path.parent) for v in verdicts]
+    for verdict, parent in zip(verdicts, parents, strict=True):
+        if not verdict.reason:
+            continue
+        target = folder / os.path.relpath(parent, os.path.commonpath(parents)) / verdict.frame.path.name
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with verdict.frame.path.open("rb") as original, target.open("xb") as copy:
+                shutil.copyfileobj(original, copy)
+            shutil.copystat(verdict.frame.path, target)
+        except FileExistsError:
+            problems.append(f"{target} exists already: it is left as it is")
+        except OSError as problem:
+            problems.append(f"{verdict.frame.path} cannot be copied to {target}: {problem.strerror}")
+    return problems
+
+
+def _as_json(verdicts: Sequence[Verdict]) -> str:
+    """A list of objects; what could not be measured is null."""
+    rows = []
+    for v in verdicts:
+        figures = {name: x if math.isfinite(x) else None for name, x in asdict(v.metrics).items()}
+        rows.append({"file": str(v.frame.path), "night": v.night} | figures | {"fault": v.fault, "reason": v.reason})
+    return json.dumps(rows, indent=1)
+
+
+def _as_table(verdicts: Sequence[Verdict]) -> str:
+    """One line a frame, the path and its fault last."""
+    lines = [
+        f"{'stars':>5} {'FWHM':>6} {'ellip':>6} {'trail':>6} {'sky':>9} {'noise':>8} {'S/N':>7} {'clear':>6}  file"
+    ]
+    for v in verdicts:
+        m = v.metrics
         shape = f"{m.stars:5d} {m.fwhm:6.2f} {m.ellipticity:6.2f} {m.trailing:6.2f}"
-        light = f"{m.sky:9.1f} {m.noise:8.2f} {m.snr:7.1f}"
-        lines.append(f"{shape} {light}  {path}{'  OUT: ' + reason if reason else ''}")
+        light = f"{m.sky:9.1f} {m.noise:8.2f} {m.snr:7.1f} {m.transparency:6.2f}"
+        lines.append(f"{shape} {light}  {v.frame.path}{'  ' + v.reason if v.reason else ''}")
     return "\n".join(lines)
 
 

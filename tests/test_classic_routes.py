@@ -53,7 +53,7 @@ def mono(tmp_path_factory: pytest.TempPathFactory) -> FieldTruth:
 
 def quick(**changes: object) -> Settings:
     """One worker; all of the few frames of a tiny field stay."""
-    return Settings(**({"num_processing_workers": 1, "blur_filter": False} | changes))
+    return Settings(**({"num_processing_workers": 1, "blur_filter": False, "resume": "off"} | changes))
 
 
 def run(subs: FieldTruth | Path, out: Path, heard: list[Event] | None = None, **settings: object) -> RunResult:

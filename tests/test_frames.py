@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from astropy.io import fits
 from astropy.wcs import WCS
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zemosaic.frames import Frame, FrameError, find_files, read_frame, read_pixels
@@ -25,11 +25,13 @@ from zemosaic.headers import (
     HeaderError,
     bayer_phase,
     format_card,
+    frame_kind,
     number,
     pack_wcs,
     parse_cards,
     pixel_size,
     pointing,
+    printable,
     sky_wcs,
     start_time,
     unpack_wcs,
@@ -245,6 +247,35 @@ def test_pointing(cards, expected):
     assert pointing(cards) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("cards", "kind"),
+    [
+        ({}, "light"),
+        ({"IMAGETYP": "Light Frame"}, "light"),
+        ({"IMAGETYP": "TARGET", "NCOMBINE": 1}, "light"),
+        ({"IMAGETYP": "Dark Frame"}, "dark"),
+        ({"FRAME": "Dark"}, "dark"),
+        ({"IMAGETYP": "Bias"}, "bias"),
+        ({"FRAMETYP": "OFFSET"}, "bias"),
+        ({"OBSTYPE": "ZERO"}, "bias"),
+        ({"IMAGETYP": "flat field"}, "flat"),
+        ({"IMAGETYP": "Master Dark", "NCOMBINE": 50}, "dark"),
+        ({"IMAGETYP": "Master Light"}, "stack"),
+        ({"IMAGETYP": "Light", "STACKCNT": 187}, "stack"),
+        ({"NCOMBINE": "12"}, "stack"),
+    ],
+)
+def test_frame_kind(cards, kind):
+    assert frame_kind(cards) == kind
+
+
+def test_words_that_can_be_printed():
+    assert printable("M 31 été 星.fit") == "M 31 été 星.fit"
+    assert printable("a\nb\x1b[31m\udcff") == r"a\nb\x1b[31m\udcff"
+    frame_error = FrameError("the file\n is \x07 odd", Path("a"))
+    assert str(frame_error) == r"the file is \x07 odd"
+
+
 def test_pixel_size_counts_the_binning_once():
     assert pixel_size({"XPIXSZ": 5.8, "XBINNING": 2}) == 5.8
     assert pixel_size({"PIXSIZE1": 2.9, "XBINNING": "2"}) == 5.8
@@ -297,6 +328,32 @@ def test_blank_nan_and_infinity_are_no_data(tmp_path):
     data = np.array([[1.0, np.nan], [np.inf, 1e300]])
     pixels = read_pixels(read_frame(write(tmp_path / "b.fit", data)))
     np.testing.assert_array_equal(pixels, [[1, np.nan], [np.nan, np.nan]])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cards"), [("f4", {}), ("f8", {}), ("i2", {"BSCALE": 1e10}), ("i2", {"BZERO": 1e30})]
+)
+def test_values_that_no_detector_gives_are_no_data(tmp_path, dtype, cards):
+    data = RAW.astype(np.int16).astype(dtype)
+    if dtype[0] == "f":
+        data[3, 4], data[5, 6], data[7, 8] = 3e38, -2e13, 9e11
+    pixels = read_pixels(read_frame(write(tmp_path / "a.fit", data, **cards)))
+    physical = data * cards.get("BSCALE", 1.0) + cards.get("BZERO", 0.0)
+    np.testing.assert_array_equal(np.isnan(pixels), np.abs(physical) >= 1e12)
+    assert np.isnan(pixels).any()
+
+
+@pytest.mark.parametrize("value", [0, 65535])
+@pytest.mark.parametrize(("rows", "fit"), [(0, True), (1, False), (10, False), (20, True)])
+def test_pixels_that_were_not_written_to_the_end_are_told(tmp_path, rows, fit, value):
+    """A file that is still being copied; an image of one value throughout is for others to judge."""
+    data = RAW.copy()
+    data[20 - rows :] = value
+    path = write(tmp_path / "a.fit", data)
+    if fit:
+        np.testing.assert_array_equal(read_pixels(read_frame(path)), data)
+    else:
+        refused(path, "cut short or is still being written")
 
 
 @pytest.mark.parametrize("axis", [0, 2])
@@ -423,7 +480,15 @@ TPV = {"PV1_0": 1e-5, "PV1_1": 1.01, "PV1_2": 2e-3, "PV1_5": 0.3, "PV2_1": 0.99,
         {**PC_CDELT, "CROTA2": 33.0},
         {**PC_CDELT, "PC1_2": 0.2, "PC2_1": -0.3},
         {**PC_CDELT, "PC001002": 0.2, "PC002001": -0.3},
-        {**PC_CDELT, "CUNIT1": "arcsec", "CUNIT2": "arcsec", "CDELT1": 2.0, "CRVAL1": 1e5, "CRVAL2": 2e5},
+        {
+            **PC_CDELT,
+            "CUNIT1": "arcsec",
+            "CUNIT2": "arcsec",
+            "CDELT1": 2.0,
+            "CDELT2": 2.3,
+            "CRVAL1": 1e5,
+            "CRVAL2": 2e5,
+        },
         SWAPPED,
         {**SWAPPED, **SIP},
         {**PC_CDELT, "CTYPE1": "DEC--TAN", "CTYPE2": "RA---TAN", "CRVAL1": 68.1, "CRVAL2": 315.4},
@@ -525,7 +590,7 @@ def test_interleaved_rgb_with_the_sky_on_axes_two_and_three(tmp_path):
         ({"CTYPE1": "RA", "CTYPE2": "DEC"}, "no celestial"),
         ({"CTYPE1": "RA---TAB", "CTYPE2": "DEC--TAB"}, "look-up table"),
         ({"CTYPE1": "RA---XYZ", "CTYPE2": "DEC--XYZ"}, "wcslib refuses"),
-        ({"CD1_1": 0.0, "CD1_2": 0.0}, "singular"),
+        ({"CD1_1": 0.0, "CD1_2": 0.0}, "without a finite scale"),
         ({"CD1_1": "NaN"}, "CD1_1 is not a number"),
         ({"CD1_1": None, "CD1_2": None, "CD2_1": None, "CD2_2": None}, "without a pixel scale"),
         ({"CRVAL1": None}, "without CRVAL1"),
@@ -536,6 +601,10 @@ def test_interleaved_rgb_with_the_sky_on_axes_two_and_three(tmp_path):
         ({"A_ORDER": 40, "B_ORDER": 40}, "SIP"),
         ({**SIP, "A_2_0": "x"}, "A_2_0 is not a number"),
         ({**SIP, "A_2_0": 5.0}, "one-to-one"),
+        ({**SIP, "A_2_0": 0.02, "B_0_2": 0.02}, "bent beyond what lenses do"),
+        ({"CD1_1": 7e-4, "CD1_2": 11.2e-4}, "stretches the pixels 2.00 times"),
+        ({"CD1_1": 6.6e-4, "CD1_2": 0.0, "CD2_1": 6e-4, "CD2_2": 2e-4}, "stretches the pixels"),
+        ({"CD1_1": 3.5e-8, "CD1_2": 5.6e-8, "CD2_1": -5.6e-8, "CD2_2": 3.5e-8}, "which is no camera's"),
     ],
 )
 def test_wcs_that_is_no_good_leaves_a_frame_and_a_reason(tmp_path, change, match):
@@ -555,7 +624,7 @@ _values = st.one_of(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(_words, _values, max_size=4), st.sampled_from([TAN, PC_CDELT, {**TAN, **SIP}]))
 def test_a_damaged_wcs_is_usable_or_refused(damage, base):
     try:
@@ -832,6 +901,7 @@ def test_real_headers_as_files(tmp_path):
         assert frame.shape == (height, width)
         assert (frame.wcs is None) == bool(frame.wcs_problem)
         solved += frame.wcs is not None
+        assert frame.kind == ("stack" if path.stem in ("header_pixinsight", "header_seestar") else "light")
         if path.stem in ("header_nina", "header_dwarflab", "header_seestar", "header_app2"):
             assert frame.bayer == {
                 "header_nina": "RGGB",
@@ -853,6 +923,7 @@ def test_real_subs_with_sidecars():
         assert frame.bayer == ("RGGB" if "asi224" in str(path) else "GRBG")
         assert frame.saturation == 65535
         assert frame.exposure in (6, 10, 20)
+        assert frame.kind == "light"
         assert frame.ra is not None
         pixels = read_pixels(frame)
         with fits.open(path) as hdus:

@@ -109,7 +109,7 @@ def test_everything_is_read_back(tmp_path, strict, monkeypatch, colour, strip):
         assert len(hdus["FRAMES"].data) == 5
         assert hdus["MEGATILES"].data["X1"].tolist() == [10, 15, 20]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        path.name for path in (paths.fits, paths.preview, paths.settings)
+        path.name for path in (paths.fits, paths.preview, paths.settings, paths.frames)
     )
 
 
@@ -236,7 +236,7 @@ def test_runs_that_end_together_get_a_name_each(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(lambda _: save(tmp_path, mosaic_of((20, 20))).fits, range(12)))
     assert len(set(paths)) == 12
-    assert len(list(tmp_path.iterdir())) == 36
+    assert len(list(tmp_path.iterdir())) == 48
     assert not list(tmp_path.glob("*.part"))
 
 

@@ -70,7 +70,7 @@ def test_json_of_an_existing_installation(tmp_path: Path):
         "two_pass_cov_gain_clip": [0.9, 1.2],
         "global_wcs_res_override": None,
         "altaz_min_coverage_abs": 2,
-        "astap_max_instances": 1,
+        "astap_default_sensitivity": 100,
         "language": "de",
     }
     path.write_text(json.dumps(values), encoding="utf-8-sig")  # a Windows editor adds a byte order mark
@@ -83,9 +83,9 @@ def test_json_of_an_existing_installation(tmp_path: Path):
 
 
 def test_known_names_without_a_use_give_one_warning_that_lists_them():
-    _, warnings = settings_from({"wsc_impl": "pixinsight", "resume": "auto"})
+    _, warnings = settings_from({"wsc_impl": "pixinsight", "cache_retention": "keep"})
     assert len(warnings) == 1
-    assert "resume, wsc_impl" in warnings[0]
+    assert "cache_retention, wsc_impl" in warnings[0]
 
 
 def test_unknown_name_is_an_error_that_names_the_nearest():

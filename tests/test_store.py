@@ -87,6 +87,7 @@ def test_released_arrays_are_read_back_with_what_was_written_to_them(tmp_path):
 def test_release_gives_the_memory_back(tmp_path):
     with ArrayStore(0, tmp_path) as store:
         mapped = store.keep(np.ones(8 * MEGABYTE, np.float32))  # 32 MB
+        assert mapped.sum() == mapped.size  # looked at, it takes memory
         before = psutil.Process().memory_info().rss
         store.release()
         assert before - psutil.Process().memory_info().rss > 24 * MEGABYTE
@@ -123,32 +124,6 @@ def test_closing_twice_or_unused_is_harmless(tmp_path):
     store.close()
     store.close()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_scratch_shelf_has_half_the_budget_and_is_emptied_afterwards(tmp_path):
-    with ArrayStore(4 * MEGABYTE, tmp_path) as store:
-        outer = store.keep(block(1, 5))
-        with store.scratch() as shelf:
-            kept = [shelf.keep(block(i)) for i in range(3)]
-            assert [isinstance(array, np.memmap) for array in kept] == [False, False, True]
-            assert len(scratch_files(tmp_path)) == 2
-        assert len(scratch_files(tmp_path)) == 1 and (outer == 1).all()
-        with store.scratch() as shelf:  # every shelf has the same room
-            first = block(1, 2)
-            assert shelf.keep(first) is first
-
-
-def test_a_shelf_is_emptied_when_the_work_on_it_fails(tmp_path):
-    store = ArrayStore(0, tmp_path)
-
-    def fail() -> None:
-        with store.scratch() as shelf:
-            shelf.keep(block(1))
-            raise RuntimeError("out of luck")
-
-    with pytest.raises(RuntimeError, match="out of luck"):
-        fail()
-    assert scratch_files(tmp_path) == []
 
 
 def test_threads_share_one_budget(tmp_path):

@@ -15,7 +15,7 @@ from scipy.special import ndtr
 
 from zemosaic.demo import tangent_header
 from zemosaic.tiles import Window
-from zemosaic.warp import PixelMap, pixel_map, warp_block
+from zemosaic.warp import Crop, PixelMap, pixel_map, source_box, warp_block
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -213,7 +213,9 @@ def warp_on(
 ) -> NDArray[np.float32]:
     """A block of the canvas, ``(h, w, C)``."""
     out = np.empty((1 if sensor == "mono" else 3, *block.shape), np.float32)
-    count = warp_block(pixels, sensor if sensor in PATTERNS else None, chart, block, edge, out)
+    count = warp_block(
+        Crop.whole(pixels), sensor if sensor in PATTERNS else None, chart, pixels.shape[:2], block, edge, out
+    )
     if not np.isnan(pixels).any():
         assert count == np.isfinite(out[0]).sum()
     return np.moveaxis(out, 0, -1)
@@ -357,7 +359,8 @@ def test_gain_and_plane_are_applied_on_the_way(sensor):
     plain = np.moveaxis(warp_on(pixels, sensor, chart, whole), -1, 0)
     gain, plane = np.array([1.1, 0.9, 1.3])[: len(plain)], np.array([[5.0, 0.1, -0.2]] * 3)[: len(plain)]
     made = np.empty_like(plain)
-    warp_block(pixels, sensor if sensor in PATTERNS else None, chart, whole, EDGE, made, gain, plane)
+    bayer = sensor if sensor in PATTERNS else None
+    warp_block(Crop.whole(pixels), bayer, chart, SHAPE, whole, EDGE, made, gain, plane)
     y, x = np.indices(SHAPE)
     expected = plain * gain[:, None, None] - (5 + 0.1 * x - 0.2 * y)
     np.testing.assert_allclose(made, expected, rtol=1e-6)
@@ -470,6 +473,26 @@ def test_the_result_does_not_depend_on_how_the_window_is_cut_into_blocks(sensor,
             np.testing.assert_allclose(part, whole, rtol=0, atol=0.02)
         else:
             np.testing.assert_array_equal(part, whole)
+
+
+@SENSORS
+@pytest.mark.parametrize("view", BLOCK_VIEWS.values(), ids=BLOCK_VIEWS.keys())
+def test_the_source_box_holds_all_that_a_block_needs(sensor, view):
+    pixels, chart = busy(sensor), view.map()
+    bayer = sensor if sensor in PATTERNS else None
+    for block in chart.window.blocks(37):
+        box = source_box(chart, block, pixels.shape[:2], bayer=bool(bayer))
+        outside = np.full_like(pixels, np.nan)
+        outside[box.slices] = pixels[box.slices]
+        made, wanted, cut = (np.empty((1 if sensor == "mono" else 3, *block.shape), np.float32) for _ in range(3))
+        for crop, out in (
+            (Crop.whole(pixels), wanted),
+            (Crop.whole(outside), made),
+            (Crop(pixels[box.slices].copy(), box), cut),
+        ):
+            warp_block(crop, bayer, chart, pixels.shape[:2], block, EDGE, out)
+        np.testing.assert_array_equal(made, wanted)
+        np.testing.assert_array_equal(cut, wanted)
 
 
 @SENSORS

@@ -40,7 +40,7 @@ def subs(field: FieldTruth) -> Path:
 
 def quick(**changes: object) -> Settings:
     """One worker; all of the few frames of a tiny field stay."""
-    return Settings(**({"num_processing_workers": 1, "blur_filter": False} | changes))
+    return Settings(**({"num_processing_workers": 1, "blur_filter": False, "resume": "off"} | changes))
 
 
 def tables(product: Path | None) -> tuple[fits.Header, Table, Table]:
@@ -77,6 +77,7 @@ def test_picture_and_settings_lie_beside_the_product(result):
         "Demo_Nebula_sds.fits",
         "Demo_Nebula_sds.png",
         "Demo_Nebula_sds.toml",
+        "Demo_Nebula_sds_frames.csv",
     ]
     settings, warnings = load_settings(result.product.with_suffix(".toml"))
     assert settings == quick(sds_min_batch_size=3, sds_target_batch_size=3)
@@ -338,7 +339,7 @@ def test_a_full_disk_leaves_nothing_half_written(subs, scratch, tmp_path, monkey
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunError, match="no room left"):
         run_hierarchical_mosaic(subs, tmp_path / "out", tight(scratch), sds=True)
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
@@ -401,7 +402,7 @@ def test_a_run_can_be_stopped_in_every_phase(subs, scratch, tmp_path, phase):
         assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     else:
         assert phase >= 8
-        assert [path.suffix for path in sorted((tmp_path / "out").iterdir())] == [".fits", ".png", ".toml"]
+        assert [path.suffix for path in sorted((tmp_path / "out").iterdir())] == [".fits", ".png", ".toml", ".csv"]
 
 
 def test_a_stopped_run_is_no_failed_route(subs, tmp_path, monkeypatch):

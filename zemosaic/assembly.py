@@ -12,14 +12,13 @@ import cv2
 import numpy as np
 from astropy.wcs import WCS
 from numpy.typing import NDArray
-from reproject import reproject_interp
 
 from zemosaic.canvas import Canvas
 from zemosaic.coadd import Sub
 from zemosaic.execute import thread_map
 from zemosaic.mastertile import TilePixels
 from zemosaic.tiles import FloatImage, Mosaic, Window, alpha_of
-from zemosaic.warp import warp_block
+from zemosaic.warp import Crop, warp_block
 
 Method = Literal["reproject_coadd", "incremental"]
 Layer = tuple[FloatImage, FloatImage]
@@ -96,13 +95,15 @@ def assemble(
 def _warped(sub: Sub, pixels: TilePixels, block: Window, canvas_wcs: WCS) -> Layer | None:
     """A block of a tile by the sparse pixel map: image ``(C, h, w)`` and weight ``(h, w)``."""
     image = np.empty((len(sub.noise), *block.shape), np.float32)
-    if not warp_block(pixels.image, None, sub.pixel_map, block, sub.edge, image):
+    if not warp_block(Crop.whole(pixels.image), None, sub.pixel_map, sub.frame.shape, block, sub.edge, image):
         return None
     return image, _weight(pixels, sub.pixel_map.block(block))
 
 
 def _reprojected(sub: Sub, pixels: TilePixels, block: Window, canvas_wcs: WCS) -> Layer | None:
     """The same through `reproject.reproject_interp`."""
+    from reproject import reproject_interp  # takes long to load, and only this needs it
+
     (ys, xs), positions = block.slices, sub.pixel_map.block(block)
     # Only the part of the tile that the block looks at: the spline filter runs over all it is given.
     near = tuple(

@@ -231,7 +231,7 @@ def debayer(cfa: FloatImage, pattern: str) -> FloatImage:
     # Mirrored without repeating the edge, which keeps the phase of the CFA.
     border = (DEBAYER_MARGIN,) * 4
     padded = cv2.copyMakeBorder(np.ascontiguousarray(cfa), *border, cv2.BORDER_REFLECT_101)
-    return debayer_part(padded, *red_site(pattern))
+    return debayer_part(np.asarray(padded, np.float32), *red_site(pattern))
 
 
 def red_site(pattern: str) -> tuple[int, int]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from astropy.wcs import WCS
-from astropy.wcs.utils import proj_plane_pixel_area
 from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -19,6 +18,7 @@ from zemosaic.tiles import Window
 
 _EDGE_POINTS = 9  # points along each side of a frame that draw its footprint
 _SCALE_TOLERANCE = 1.25  # a WCS scale off by more than this factor is a mistake
+_SCALE_RANGE = 10.0  # coarser pixels than this many times the usual show nothing of the mosaic, finer ones no sky
 _EMPTY_LIMIT = 6.0  # a canvas may be this many times larger than the sky that the frames cover
 
 
@@ -55,7 +55,8 @@ class Canvas:
 
 def pixel_scale(wcs: WCS) -> float:
     """Scale at the reference point, arcsec per pixel: square root of the pixel's area."""
-    return float(np.sqrt(proj_plane_pixel_area(wcs.celestial))) * 3600
+    flat = wcs if wcs.naxis == 2 else wcs.celestial  # `celestial` makes a copy, for nothing in every frame
+    return float(np.sqrt(np.abs(np.linalg.det(flat.pixel_scale_matrix)))) * 3600
 
 
 def footprint(wcs: WCS, shape: tuple[int, int], points: int = _EDGE_POINTS) -> NDArray[np.float64]:
@@ -121,7 +122,7 @@ def find_strays(frames: Sequence[Frame]) -> list[str]:
 
 
 def _scale_problems(frames: Sequence[Frame]) -> list[str]:
-    """A WCS scale that contradicts the optics in the header, or the other frames of the same camera."""
+    """A WCS scale that contradicts the optics in the header or the frames of the same camera, or suits no mosaic."""
     scales = np.array([pixel_scale(f.wcs) for f in frames])
     cameras: dict[tuple, list[float]] = {}
     for frame, scale in zip(frames, scales, strict=True):
@@ -138,17 +139,32 @@ def _scale_problems(frames: Sequence[Frame]) -> list[str]:
             )
         wrong = not 1 / _SCALE_TOLERANCE < scale / expected < _SCALE_TOLERANCE
         reasons.append(f'its WCS says {scale:.2f}"/px but {source} {expected:.2f}"/px: solve it again' if wrong else "")
+    kept = [i for i, reason in enumerate(reasons) if not reason]
+    usual = sorted(scales[kept])[(len(kept) - 1) // 2] if kept else 0.0
+    for i in kept:
+        if not 1 / _SCALE_RANGE < scales[i] / usual < _SCALE_RANGE:
+            reasons[i] = f'it has {scales[i]:.3g}"/px and most frames have {usual:.3g}"/px: run it on its own'
     return reasons
 
 
 def _linked(centre: NDArray, radius: NDArray) -> NDArray[np.int64]:
-    """Label of the connected group of every frame: two frames are linked if their circles touch."""
-    reach = 2 * np.sin(np.deg2rad(2 * float(radius.max())) / 2)
-    pairs = cKDTree(centre).query_pairs(reach, output_type="ndarray")
-    near = separation(centre[pairs[:, 0]], centre[pairs[:, 1]]) <= radius[pairs[:, 0]] + radius[pairs[:, 1]]
+    """Label of the connected group of every frame: two frames are linked if their circles touch.
+
+    Frames that look at the same spot, to an eighth of their radius, are one: ten thousand subs of one
+    panel would be 50 million pairs.
+    """
+    cell = np.floor(centre / (float(np.median(radius)) * np.pi / 180 / 8)).astype(np.int64)
+    _, first, member = np.unique(cell, axis=0, return_index=True, return_inverse=True)
+    member = member.reshape(-1)
+    largest = np.zeros(len(first))
+    np.maximum.at(largest, member, radius)
+    spot = centre[first]
+    reach = 2 * np.sin(np.deg2rad(2 * float(largest.max())) / 2)
+    pairs = cKDTree(spot).query_pairs(reach, output_type="ndarray")
+    near = separation(spot[pairs[:, 0]], spot[pairs[:, 1]]) <= largest[pairs[:, 0]] + largest[pairs[:, 1]]
     a, b = pairs[near].T
-    graph = coo_array((np.ones(len(a)), (a, b)), shape=(len(centre), len(centre)))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+    graph = coo_array((np.ones(len(a)), (a, b)), shape=(len(spot), len(spot)))
+    return connected_components(graph, directed=False)[1].astype(np.int64)[member]
 
 
 def _far_groups(group: NDArray, centre: NDArray, radius: NDArray) -> list[str]:

@@ -81,6 +81,7 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated."),
     ] = None,
     lots: Annotated[Path | None, _file_option("--lots", "Lots to use as given: JSON or TOML.")] = None,
+    only: Annotated[Path | None, _file_option("--only", "Use only the frames of this list, one path a line.")] = None,
     dark: Annotated[Path | None, _file_option("--dark", "Master dark.")] = None,
     flat: Annotated[Path | None, _file_option("--flat", "Master flat.")] = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Workers that run at the same time.")] = None,
@@ -88,6 +89,10 @@ def run(
     lang: Lang = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
+    progress: Annotated[
+        str | None,
+        typer.Option(metavar="json", help="Tell every event and the result as a line of JSON on stdout."),
+    ] = None,
 ) -> None:
     """Make a mosaic.
 
@@ -98,6 +103,8 @@ def run(
 
     if route and sds is not None:
         _refuse("--route and --sds/--no-sds exclude each other")
+    if progress not in (None, "json"):
+        _refuse(f"--progress takes json, not {progress!r}")
     options = {
         "route": route,
         "master_dark_path": dark,
@@ -109,11 +116,115 @@ def run(
     try:
         settings, warnings = _settings(config, changes or [], options)
         groups = read_lots(lots) if lots else None
-    except SettingsError as error:
+        if only:
+            from zemosaic.gui.protocol import read_paths
+
+            subs = read_paths(only)
+    except (SettingsError, OSError, UnicodeDecodeError) as error:
         _refuse(str(error))
-    with _session(settings, warnings, _shown(verbose, quiet)) as mosaic:
+    if progress:
+        from zemosaic.gui.protocol import json_progress
+
+        with json_progress() as listener:
+            with _session(settings, warnings, listener) as mosaic:
+                result = mosaic(subs, out, sds=sds, preplan_path_groups=groups)
+            listener.result(result.exit_status, result.product, result.route, result.summary)
+        raise typer.Exit(result.exit_status)
+    with _session(settings, warnings, _listener(_shown(verbose, quiet))) as mosaic:
         result = mosaic(subs, out, sds=sds, preplan_path_groups=groups)
     _finish(result, quiet)
+
+
+@app.command("plan")
+def plan_run(
+    subs: Annotated[list[Path], typer.Argument(metavar="SUBS", exists=True, help="Frames, or folders of frames.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", file_okay=False, help="Folder for plan and map.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    lots_out: Annotated[
+        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write the lots for run --lots: JSON or TOML.")
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe/--no-probe", help="Forecast memory and time by a short trial.")
+    ] = True,
+    sds: Annotated[bool | None, typer.Option("--sds/--no-sds", help="Plan for the SDS route, or not.")] = None,
+    route: Annotated[str | None, typer.Option(metavar="ROUTE", help="sds, mosaic-first or master-tiles.")] = None,
+    config: Annotated[Path | None, _file_option("--config", "Settings: TOML, or a zemosaic_config.json.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
+    ] = None,
+    lots: Annotated[Path | None, _file_option("--lots", "Lots to use as given: JSON or TOML.")] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Workers that run at the same time.")] = None,
+    memory: Annotated[float | None, typer.Option(metavar="GB", help="Memory the run may use.")] = None,
+    lang: Lang = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what a run would find, make and cost, from the headers and a short trial.
+
+    Exit status 1: there is no plan, or a run would refuse to start.
+    """
+    from zemosaic.lots import read_lots
+    from zemosaic.settings import SettingsError
+
+    if route and sds is not None:
+        _refuse("--route and --sds/--no-sds exclude each other")
+    options = {"route": route, "num_processing_workers": workers, "memory_gb": memory, "language": lang}
+    try:
+        settings, warnings = _settings(config, changes or [], options)
+        groups = read_lots(lots) if lots else None
+    except SettingsError as error:
+        _refuse(str(error))
+    with _speaking(settings, warnings, _listener(_shown(verbose, quiet))) as (listen, stop):
+        from zemosaic.events import Events
+        from zemosaic.plan import PlanError, make_plan, plan_json, plan_lines, process_cost, save_plan
+
+        say = Events(listen, settings.language, stop.requested)
+        place, startup = out or Path(), process_cost()  # what this program took to start, a run takes too
+        try:
+            made = make_plan(
+                subs, settings, say, probe, sds=sds, given_lots=groups, output_folder=place, startup=startup
+            )
+            for path in save_plan(made, out, lots_out, settings.language):
+                say.info("plan_written", path=path)
+        except PlanError as error:
+            say.error("plan_failed", reason=error)
+            raise typer.Exit(EXIT_NO_PRODUCT) from error
+        if as_json:
+            typer.echo(json.dumps(plan_json(made), indent=1))
+        else:
+            typer.echo("\n".join(plan_lines(made, settings.language)))
+    raise typer.Exit(EXIT_NO_PRODUCT if made.problems else 0)
+
+
+@app.command()
+def gui() -> None:
+    """Open the window."""
+    try:
+        from zemosaic.gui.app import main as open_window
+    except ImportError as error:
+        if not (error.name or "").startswith(("PySide6", "shiboken6")):
+            raise
+        _refuse(f"The window needs PySide6 ({error}): install it with  pip install 'zemosaic[gui]'")
+    raise typer.Exit(open_window())
+
+
+@app.command()
+def clean(
+    out: Annotated[Path, typer.Argument(metavar="OUT", exists=True, file_okay=False, help="Output folder of a run.")],
+    lang: Lang = None,
+) -> None:
+    """Remove the results that runs have kept for later runs; products stay."""
+    from zemosaic.events import render
+    from zemosaic.workplace import HIDDEN, WorkplaceError, remove_results
+
+    try:
+        size = remove_results(out)
+    except WorkplaceError as problem:
+        typer.echo(str(problem), err=True)
+        raise typer.Exit(EXIT_NO_PRODUCT) from problem
+    typer.echo(render("clean_done", {"size_gb": size / 2**30, "folder": out / HIDDEN}, lang or "en"))
 
 
 @app.command()
@@ -135,12 +246,57 @@ def demo(
     if keep_subs and kept.exists():
         _refuse(f"{kept} exists already; choose another folder with -o")
     folder: AbstractContextManager[Any] = nullcontext(kept) if keep_subs else tempfile.TemporaryDirectory()
-    with _session(settings, warnings, _shown(verbose, quiet)) as mosaic, folder as subs:
+    with _session(settings, warnings, _listener(_shown(verbose, quiet))) as mosaic, folder as subs:
         from zemosaic.demo import make_field
 
         make_field(Path(subs))
         result = mosaic([Path(subs)], out, sds=True)
     _finish(result, quiet)
+
+
+@app.command("check")
+def check_file(
+    mosaic: Annotated[Path, typer.Argument(metavar="MOSAIC.fits", exists=True, dir_okay=False, help="Any mosaic.")],
+    subs: Annotated[
+        list[Path] | None, typer.Argument(metavar="SUBS", exists=True, help="Its frames, or folders of frames.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", dir_okay=False, help="Write the verdict to this file too.")
+    ] = None,
+    catalogue: Annotated[
+        Path | None, _file_option("--catalogue", "Reference stars: a table with ra, dec (degrees, ICRS) and mag.")
+    ] = None,
+    config: Annotated[Path | None, _file_option("--config", "Settings: TOML, or a zemosaic_config.json.")] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Workers that run at the same time.")] = None,
+    lang: Lang = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Judge a mosaic: seams, levels, photometry, positions, noise, sharpness, defects.
+
+    Exit status 1: the verdict is FAIL.
+    """
+    from zemosaic.settings import SettingsError
+
+    options = {"num_processing_workers": workers, "language": lang}
+    try:
+        settings, warnings = _settings(config, [], options)
+    except SettingsError as error:
+        _refuse(str(error))
+    with _speaking(settings, warnings, _listener(_shown(verbose, quiet))) as (listen, stop):
+        from zemosaic.events import Events
+        from zemosaic.report.check import CheckError, check_mosaic
+        from zemosaic.report.verdict import write_json
+
+        say = Events(listen, settings.language, stop.requested)
+        try:
+            checked = check_mosaic(mosaic, subs or [], catalogue=catalogue, settings=settings, events=say)
+            if json_file:
+                write_json(checked.verdict, json_file, settings.language)
+        except (CheckError, OSError) as error:
+            _refuse(str(error))
+    typer.echo("\n".join(checked.lines))
+    raise typer.Exit(checked.exit_status)
 
 
 @app.command("settings")
@@ -192,28 +348,40 @@ def _finish(result: Any, quiet: bool) -> NoReturn:
 
 
 @contextmanager
-def _session(settings: Settings, warnings: list[str], shown: frozenset[str]) -> Iterator[Callable[..., Any]]:
-    """Yield the engine, wired to the terminal and to the signals; its failures end in a sentence and a status."""
+def _session(
+    settings: Settings, warnings: list[str], listener: AbstractContextManager[Callable[[Event], None]]
+) -> Iterator[Callable[..., Any]]:
+    """Yield the engine, wired to a listener and to the signals; its failures end in a sentence and a status."""
+    with _speaking(settings, warnings, listener) as (listen, stop):
+        from zemosaic.events import Events
+        from zemosaic_worker import RunError, run_hierarchical_mosaic
+
+        try:
+            yield partial(
+                run_hierarchical_mosaic,
+                settings=settings,
+                progress_callback=listen,
+                stop_requested=stop.requested,
+            )
+        except RunError as error:
+            Events(listen, settings.language).error("run_error_failed", reason=error)
+            raise typer.Exit(EXIT_NO_PRODUCT) from error
+
+
+@contextmanager
+def _speaking(
+    settings: Settings, warnings: list[str], listener: AbstractContextManager[Callable[[Event], None]]
+) -> Iterator[tuple[Callable[[Event], None], _Stop]]:
+    """Yield a listener and the wish to stop; a stop, and OpenCV without its libraries, end in sentence and status."""
     from zemosaic.events import Cancelled, Events, render
 
     notice = render("run_warn_stopping", {}, settings.language)
-    with _stoppable(notice) as stop, _listener(shown) as listen:
+    with _stoppable(notice) as stop, listener as listen:
         say = Events(listen, settings.language)
         for text in warnings:
             say.warning("run_warn_settings", text=text)
         try:
-            from zemosaic_worker import RunError, run_hierarchical_mosaic
-
-            try:
-                yield partial(
-                    run_hierarchical_mosaic,
-                    settings=settings,
-                    progress_callback=listen,
-                    stop_requested=stop.requested,
-                )
-            except RunError as error:
-                say.error("run_error_failed", reason=error)
-                raise typer.Exit(EXIT_NO_PRODUCT) from error
+            yield listen, stop
         except Cancelled as error:
             say.warning("run_warn_cancelled")
             raise typer.Exit(stop.status) from error

@@ -6,6 +6,7 @@ last bit however many workers share the blocks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,10 +20,9 @@ from zemosaic.frames import Frame
 from zemosaic.levels import Adjustment
 from zemosaic.rejection import EVEN_NOISE, complete
 from zemosaic.tiles import FloatImage, Tile, Window
-from zemosaic.warp import PixelMap, warp_block
+from zemosaic.warp import Crop, PixelMap, warp_block
 
 _BLOCK_SAMPLES = 1_000_000  # samples of a block's stack: with its temporaries it stays in the outer cache
-_REST_BLOCKS = 64  # blocks between two rests
 _DEPTH_CELL = 128  # px: resolution at which overlaps are counted
 _GUARD_SIGMAS = 5.0  # departure from the nearest pixel, in units of the noise, from which ringing is guarded against
 
@@ -84,15 +84,15 @@ class Coadd:
 
 def coadd(
     subs: Sequence[Sub],
-    pixels: Sequence[FloatImage],
+    crops: Sequence[Crop],
     sky: NDArray[np.float64],
     clip: Clip,
     *,
     use_median: bool = False,
+    even: bool | None = None,
     workers: int = 1,
     window: Window | None = None,
     check_stop: Callable[[], None] = lambda: None,
-    rest: Callable[[], None] = lambda: None,
 ) -> Coadd:
     """Stack frames onto their common window of the canvas.
 
@@ -100,38 +100,35 @@ def coadd(
     ----------
     subs : sequence of Sub
         The frames.
-    pixels : sequence of ndarray
-        Their prepared pixels, ``(ny, nx)`` or ``(ny, nx, 3)`` float32, in the same order.
+    crops : sequence of Crop
+        Their prepared pixels, in the same order; at least what `window` looks at, one pixel around it included.
     sky : ndarray
         ``(C,)`` common sky level after adjustment.
     clip : Clip
         Rejection.
     use_median : bool
         Median instead of weighted mean.
+    even : bool, optional
+        Whether the noise of the frames is similar (`similar_noise`); give it where a stack is made in parts.
     workers : int
         Threads.
     window : Window, optional
         Canvas pixels to make; the hull of the frames' windows if not given.
     check_stop : callable
         Called before every block; raises to stop.
-    rest : callable
-        Called from time to time: lets go of memory-mapped pixels.
 
     Returns
     -------
     Coadd
     """
     if window is None:
-        window = subs[0].window
-        for sub in subs[1:]:
-            window = window.hull(sub.window)
+        window = hull([sub.window for sub in subs])
     channels = len(sky)
     image = np.full((*window.shape, channels), np.nan, np.float32)
     coverage, share = np.zeros(window.shape, np.float32), np.zeros(window.shape, np.float32)
     used, rejected = np.zeros(len(subs), np.int64), np.zeros(len(subs), np.int64)
     sky32 = sky.astype(np.float32)
-    noise = np.array([sub.noise for sub in subs])
-    even = bool((noise.max(axis=0) <= EVEN_NOISE * noise.min(axis=0)).all())
+    even = similar_noise(subs) if even is None else even
 
     def work(
         block: Window,
@@ -139,7 +136,7 @@ def coadd(
         check_stop()
         # One pixel more on every side: rejection looks at the brightest neighbour.
         halo = block.grow(1)
-        stack, who = warp_stack(subs, pixels, halo)
+        stack, who = warp_stack(subs, crops, halo)
         if not who:
             return None
         sigma, weight = (np.array([getattr(subs[i], name) for i in who]).T for name in ("noise", "weight"))
@@ -148,10 +145,8 @@ def coadd(
         valid = complete(stack)
         return block, result[ys, xs], keep[:, ys, xs], valid[:, ys, xs], who
 
-    blocks = window.blocks(block_side(deepest([sub.window for sub in subs]), channels))
-    for number, done in enumerate(thread_map(work, blocks, workers)):
-        if number % _REST_BLOCKS == 0:
-            rest()
+    blocks = window.blocks(block_side(deepest([sub.window for sub in subs]), channels)) if subs else ()
+    for done in thread_map(work, blocks, workers):
         if done is None:
             continue
         block, result, keep, valid, who = done
@@ -166,10 +161,21 @@ def coadd(
     return Coadd(tile, used, rejected)
 
 
-def warp_stack(subs: Sequence[Sub], pixels: Sequence[FloatImage], block: Window) -> tuple[FloatImage, list[int]]:
+def hull(windows: Sequence[Window]) -> Window:
+    """The smallest window that holds all of them."""
+    return functools.reduce(Window.hull, windows)
+
+
+def similar_noise(subs: Sequence[Sub]) -> bool:
+    """Whether the noise of the frames is similar enough for a plain median."""
+    noise = np.array([sub.noise for sub in subs])
+    return bool((noise.max(axis=0) <= EVEN_NOISE * noise.min(axis=0)).all()) if len(noise) else True
+
+
+def warp_stack(subs: Sequence[Sub], crops: Sequence[Crop], block: Window) -> tuple[FloatImage, list[int]]:
     """Adjusted pixels of all frames that touch a block: ``(C, n, h, w)`` and which frames they are."""
     touching = [i for i, sub in enumerate(subs) if block.intersect(sub.window).area]
-    channels = len(subs[0].noise)
+    channels = len(subs[0].noise) if subs else 0
     stack = np.empty((channels, len(touching), *block.shape), np.float32)
     who: list[int] = []
     for i in touching:
@@ -179,14 +185,15 @@ def warp_stack(subs: Sequence[Sub], pixels: Sequence[FloatImage], block: Window)
             layer[...] = np.nan
         ys, xs = box.within(block)
         if warp_block(
-            pixels[i],
+            crops[i],
             sub.frame.bayer,
             sub.pixel_map,
+            sub.frame.shape,
             box,
             sub.edge,
             layer[:, ys, xs],
             sub.adjustment.gain,
-            sub.adjustment.plane_on(box),
+            sub.adjustment.slopes,
         ):
             who.append(i)
     return np.ascontiguousarray(stack[:, : len(who)]), who

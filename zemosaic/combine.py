@@ -15,7 +15,7 @@ from typing import Literal
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri
 
 from zemosaic.rejection import EVEN_NOISE, MODEL_WEIGHT, complete, judge, medians, weighted_mean
 from zemosaic.tiles import FloatImage
@@ -137,8 +137,8 @@ def _order_slope(ordered: FloatImage, centre: FloatImage, count: NDArray[np.int3
     n = len(ordered)
     table = np.zeros((n + 1, n), np.float32)
     for k in range(_MIN_SLOPE, n + 1):
-        quantile = norm.ppf((np.arange(1, k + 1) - 0.375) / (k + 0.25))  # Blom's approximation
-        inner = np.abs(quantile) < norm.ppf(0.8) + 1e-9
+        quantile = ndtri((np.arange(1, k + 1) - 0.375) / (k + 0.25))  # Blom's approximation
+        inner = np.abs(quantile) < ndtri(0.8) + 1e-9
         table[k, :k] = np.where(inner, quantile, 0) / np.sum(quantile[inner] ** 2)
     slope = np.zeros(centre.shape, np.float32)
     with np.errstate(invalid="ignore"):
@@ -157,4 +157,4 @@ def _signal_above(centre: FloatImage, sky: np.float32) -> FloatImage:
 @cache
 def _per_channel(kappa: float, channels: int) -> float:
     """Threshold per channel that loses as many honest samples in all channels as `kappa` does in one (Sidak)."""
-    return float(norm.isf((1 - (1 - 2 * norm.sf(kappa)) ** (1 / channels)) / 2))
+    return float(-ndtri((1 - (1 - 2 * ndtr(-kappa)) ** (1 / channels)) / 2))

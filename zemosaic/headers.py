@@ -13,21 +13,25 @@ import math
 import pickle
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from astropy.wcs import WCS, Sip, WcsError, Wcsprm
 
+Kind = Literal["light", "dark", "bias", "flat", "stack"]
 Value = str | bool | int | float
 Cards = Mapping[str, Value]
 
 CARD_LENGTH = 80
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _STRING = re.compile(r"'((?:[^']|'')*)")
 _HIERARCH = re.compile(r"HIERARCH\s+([^=]*?)\s*=(.*)", re.IGNORECASE)
 _ISO_DATE = re.compile(r"(\d{4}-\d\d-\d\d)(?:[T ](\d\d):(\d\d):(\d\d(?:\.\d*)?))?Z?")
 _OLD_DATE = re.compile(r"(\d\d)/(\d\d)/(\d\d)")
 _SEXAGESIMAL = re.compile(r"([+-]?)\s*(\d+)[\s:hd°]+(\d+)[\s:m']+(\d+(?:\.\d*)?)\s*[s\"]?")
+
+_KINDS: dict[Kind, str] = {"light": "LIGHT", "flat": "FLAT", "dark": "DARK", "bias": "BIAS|OFFSET|ZERO"}
 
 _BAYER_KEYS = ("BAYERPAT", "BAYERPATTERN", "COLORTYP", "COLORTYPE", "CFAIMAGE", "CFA")
 _BAYER = re.compile(r"(?<![A-Z])(RGGB|GRBG|GBRG|BGGR)(?![A-Z])")
@@ -38,6 +42,9 @@ _RADESYS = {"ICRS", "FK5", "FK4", "FK4-NO-E"}
 _MAX_AXES = 9
 _MAX_SIP_ORDER = 9
 _PV_TERMS = 40
+_SCALES = (0.001, 1800)  # arcsec per pixel, of the largest telescope and an all-sky lens
+_MAX_BEND = 4.0  # area of one pixel over another's; a gnomonic image 100 deg wide has 3.8 at its sides
+_MAX_STRETCH = 1.25  # a pixel's length over its width; binning apart, they are square
 _NEEDS_TABLE = "TAB"
 _KEPT_BY_WCSLIB = {"TPV", "TNX", "ZPX"}
 
@@ -130,13 +137,41 @@ def number(cards: Cards, *keys: str, positive: bool = False) -> float | None:
     return None
 
 
+def whole(cards: Cards, key: str, default: int | None = None) -> int:
+    """The integer that a file cannot be read without.
+
+    Raises
+    ------
+    HeaderError
+        If it is no integer, or is missing and there is no default.
+    """
+    value = number(cards, key)
+    if value is None and default is not None and key not in cards:
+        return default
+    if value is None or value != int(value):
+        raise HeaderError(f"has no valid {key} in its header; leave it out")
+    return int(value)
+
+
 def text(cards: Cards, *keys: str) -> str:
-    """The first of `keys` that holds something to read, stripped; else an empty string."""
+    """The first of `keys` that holds something to read, stripped; else an empty string.
+
+    Control characters, which FITS forbids and a terminal obeys, count as blanks.
+    """
     for key in keys:
-        value = str(cards.get(key, "")).strip().strip("'\"").strip()
+        value = _CONTROL.sub(" ", str(cards.get(key, ""))).strip().strip("'\"").strip()
         if value:
             return value
     return ""
+
+
+def printable(words: str) -> str:
+    """The same words with escapes for what a terminal obeys and files of text cannot hold.
+
+    Those are control characters, and the bytes of a file's name that are no UTF-8, which Python keeps as
+    surrogates.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in words)
 
 
 # ---------------------------------------------------------------------------------------------- facts
@@ -190,6 +225,18 @@ def _bayer_pattern(cards: Cards) -> str | None:
         if _OTHER_MOSAIC.search(value):
             raise HeaderError(f"has a colour mosaic that is not supported ({key}='{value[:12]}')")
     return None
+
+
+def frame_kind(cards: Cards) -> Kind:
+    """What the image shows, from IMAGETYP and its like; a light where they say nothing that is known.
+
+    A stack of several exposures is told by STACKCNT (Seestar, Siril), NCOMBINE (IRAF) or a master light.
+    """
+    named = text(cards, "IMAGETYP", "FRAMETYP", "FRAME", "OBSTYPE").upper()
+    light: Kind = "light"
+    kind = next((kind for kind, names in _KINDS.items() if re.search(names, named)), light)
+    combined = max(number(cards, key) or 0 for key in ("STACKCNT", "NCOMBINE"))
+    return "stack" if kind == "light" and (combined > 1 or "MASTER" in named or "STACK" in named) else kind
 
 
 def start_time(cards: Cards) -> str:
@@ -297,7 +344,7 @@ def sky_wcs(cards: Cards, shape: tuple[int, int], *, interleaved: bool = False) 
     except (WcsError, ValueError, KeyError, MemoryError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise HeaderError(f"has a WCS that wcslib refuses ({reason})") from error
-    _check_one_to_one(wcs, shape)
+    _check_camera(wcs, shape)
     if code in _KEPT_BY_WCSLIB:
         # These travel between processes as astropy pickles them (see `pack_wcs`), with their numbers
         # rounded; rounded at once, they are the same in every process.
@@ -377,7 +424,8 @@ def _rotated(scale: list[float], angle: float, *, swapped: bool) -> list[list[fl
 def _wcs_header(cards: Cards, world: tuple[int, int], pixel: tuple[int, int], code: str) -> str:
     """A two-axis FITS header, longitude first, with nothing but the WCS and nothing but valid cards."""
     matrix = _linear(cards, world, pixel)
-    if not np.isfinite(matrix).all():
+    (a, b), (c, d) = matrix
+    if not np.isfinite(matrix).all() or a * d == b * c:  # wcslib takes zeros for 1 deg
         raise HeaderError("has a WCS without a finite scale")
     lines: list[tuple[str, Value]] = [("WCSAXES", 2)]
     for k, (i, j) in enumerate(zip(world, pixel, strict=True)):
@@ -431,12 +479,12 @@ def _sip_pair(cards: Cards, first: str, second: str) -> tuple[Any, Any] | None:
     return pair[0], pair[1]
 
 
-def _check_one_to_one(wcs: WCS, shape: tuple[int, int]) -> None:
-    """Refuse a WCS that is undefined, flat or folded at the centre or at a corner of the image.
+def _check_camera(wcs: WCS, shape: tuple[int, int]) -> None:
+    """Refuse a WCS that is no camera's: undefined, flat, folded, stretched or bent at the centre or at a corner.
 
     At each of the five pixels the sky area of a pixel, signed by its handedness, is the triple product
-    of the directions to the pixel and to its right and upper neighbours: it must be finite, not zero
-    and of one sign.
+    of the directions to the pixel and to its right and upper neighbours: it must be finite, not zero,
+    of one sign and much the same everywhere.
     """
     ny, nx = shape
     spots = np.array([[(nx - 1) / 2, (ny - 1) / 2], [0, 0], [nx - 1, 0], [0, ny - 1], [nx - 1, ny - 1]])
@@ -448,11 +496,22 @@ def _check_one_to_one(wcs: WCS, shape: tuple[int, int]) -> None:
             axis=-1,
         )
         here, right, up = directions.reshape(3, len(spots), 3)
-        area = np.sum(here * np.cross(right - here, up - here), axis=-1)
+        right, up = right - here, up - here
+        area = np.linalg.det(np.stack([here, right, up], axis=1))
     if not np.isfinite(area).all():
         raise HeaderError("has a WCS that is undefined at the centre or a corner of the image")
     if not ((area > 0).all() or (area < 0).all()):
         raise HeaderError("has a WCS that is not one-to-one over the image")
+    scale = math.degrees(math.sqrt(abs(area[0]))) * 3600
+    if not _SCALES[0] < scale < _SCALES[1]:
+        raise HeaderError(f"has a WCS of {scale:.3g}\"/px, which is no camera's")
+    if np.ptp(np.log(np.abs(area))) > math.log(_MAX_BEND):
+        raise HeaderError("has a WCS that is bent beyond what lenses do")
+    # A round spot becomes an ellipse; its axes are the singular values of (right, up), whose product is the area.
+    size, difference = right[0] @ right[0] + up[0] @ up[0], right[0] @ right[0] - up[0] @ up[0]
+    stretch = (size + math.hypot(difference, 2 * right[0] @ up[0])) / 2 / abs(area[0])
+    if stretch > _MAX_STRETCH:
+        raise HeaderError(f"has a WCS that stretches the pixels {stretch:.2f} times")
 
 
 # ------------------------------------------------------------------------------------------- pickling

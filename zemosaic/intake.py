@@ -5,29 +5,36 @@ Each step keeps what it can use and says of everything else why not; nothing is 
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from zemosaic import misfits
+from zemosaic.cache import Stamp, stamp_of
 from zemosaic.calibrate import Calibration
 from zemosaic.canvas import Canvas, CanvasError, find_strays, pixel_scale, plan_canvas
 from zemosaic.coadd import Sub
 from zemosaic.events import Events
 from zemosaic.execute import thread_map
 from zemosaic.frames import Frame, FrameError, find_files, read_frame
+from zemosaic.headers import printable
 from zemosaic.measure import FrameMeasure, choose_aperture, measure_frame
 from zemosaic.photometry import Photometry, match_frames
+from zemosaic.resume import CHANGED, Results
 from zemosaic.settings import Settings
+from zemosaic.solve.embedded import SolveError
+from zemosaic.solve.hint import hint_of
+from zemosaic.solve.locate import Place, Places, locate
 from zemosaic.stars import Aperture
 from zemosaic.warp import PixelMap, pixel_map
 
-_OUR_PRODUCTS = r"ZeMosaic( \d.*)?"
+Camera = tuple[str, float | None, float | None, tuple[int, int]]
+
 _CANVAS_COPIES = 3  # of image and coverage that exist at the same time in the last steps of a run
 
 
@@ -45,6 +52,10 @@ class Intake:
         What is still in, in order of time; `measures` from `measure_all` on.
     measured : dict
         File → its measure, also of frames that were left out afterwards.
+    stamps : dict
+        File → what it was like when its header was read.
+    results : Results
+        What is kept of earlier runs, and for later ones.
     """
 
     files: list[Path]
@@ -52,13 +63,15 @@ class Intake:
     frames: list[Frame] = field(default_factory=list)
     measures: list[FrameMeasure] = field(default_factory=list)
     measured: dict[Path, FrameMeasure] = field(default_factory=dict)
+    stamps: dict[Path, Stamp] = field(default_factory=dict)
+    results: Results = field(default_factory=Results)
 
     def drop(self, reasons: Sequence[str], events: Events, key: str = "run_warn_frame_left_out") -> None:
         """Leave out the frames that have a reason, keep those whose reason is empty."""
         for frame, reason in zip(self.frames, reasons, strict=True):
             if reason:
                 self.rejected[frame.path] = reason
-                events.warning(key, name=frame.path.name, reason=reason)
+                events.warning(key, name=printable(frame.path.name), reason=reason)
         stay = [i for i, reason in enumerate(reasons) if not reason]
         self.frames = [self.frames[i] for i in stay]
         self.measures = [self.measures[i] for i in stay] if self.measures else []
@@ -80,24 +93,26 @@ def scan(inputs: Sequence[Path], workers: int, events: Events, *, tiles: bool = 
     step = max(1, len(files) // 50)
     for i, (path, found) in enumerate(zip(files, thread_map(_read, files, workers), strict=True), start=1):
         events.check_stop()
-        if isinstance(found, Frame) and not tiles and re.fullmatch(_OUR_PRODUCTS, found.creator):
-            found = "it is a mosaic or master tile made by this program, not a sub"
-        if isinstance(found, Frame):
-            intake.frames.append(found)
+        if isinstance(found, tuple):
+            frame, intake.stamps[path] = found
+            intake.frames.append(frame)
         else:
             intake.rejected[path] = found
-            events.warning("run_warn_frame_left_out", name=path.name, reason=found)
+            events.warning("run_warn_frame_left_out", name=printable(path.name), reason=found)
         if i % step == 0 or i == len(files):
             events.progress("phase1_scan", i, len(files))
     intake.frames.sort(key=lambda f: (f.date_obs, f.path.name, str(f.path)))
+    intake.drop(misfits.not_lights(intake.frames, tiles=tiles), events)
     return intake
 
 
-def _read(path: Path) -> Frame | str:
+def _read(path: Path) -> tuple[Frame, Stamp] | str:
     try:
-        return read_frame(path)
+        before = stamp_of(path)
+        frame = read_frame(path)
     except FrameError as problem:
         return str(problem)
+    return (frame, before) if before.fits(path) else CHANGED
 
 
 def place(intake: Intake, settings: Settings, events: Events, budget: int, output_folder: Path) -> Canvas:
@@ -109,26 +124,35 @@ def place(intake: Intake, settings: Settings, events: Events, budget: int, outpu
         If no canvas can be made of what is left, or it would not fit into `budget` bytes of memory or on the disk
         of `output_folder`.
     """
-    if not intake.files:
-        raise CanvasError("no frame was found: there is no FITS file among the inputs; name files or their folder")
-    intake.drop([_unplaced(f) for f in intake.frames], events)
-    colour = Counter(f.colour == "mono" for f in intake.frames).most_common(1)
-    mono = colour[0][0] if colour else False
-    odd = "it is {} and most frames are {}: run it on its own"
-    kinds = ("in colour", "mono")
-    intake.drop(
-        ["" if (f.colour == "mono") == mono else odd.format(kinds[not mono], kinds[mono]) for f in intake.frames],
-        events,
-    )
-    intake.drop(find_strays(intake.frames), events, "run_warn_stray_pointing")
-    _check_left(intake)
+    intake.drop(misfits.of_impossible_size(intake.frames, budget), events)
+    mono = select(intake, events)
     canvas = plan_canvas(intake.frames, settings)
     events.info("run_info_canvas", width=canvas.shape[1], height=canvas.shape[0], scale=canvas.scale)
-    _check_room(canvas, 1 if mono else 3, budget, output_folder, events)
+    check_room(canvas, 1 if mono else 3, budget, output_folder, events)
     return canvas
 
 
-def _check_room(canvas: Canvas, channels: int, budget: int, output_folder: Path, events: Events) -> None:
+def select(intake: Intake, events: Events) -> bool:
+    """Leave out what cannot share a canvas with the rest; True if what is left is mono, False if in colour.
+
+    Raises
+    ------
+    CanvasError
+        If nothing is left.
+    """
+    if not intake.files:
+        raise CanvasError("no frame was found: there is no FITS file among the inputs; name files or their folder")
+    intake.drop([_unplaced(f) for f in intake.frames], events)
+    intake.drop(find_strays(intake.frames), events, "run_warn_stray_pointing")
+    intake.drop(misfits.of_another_kind(intake.frames), events)
+    _check_left(intake)
+    filters = misfits.filters_mixed(intake.frames)
+    if filters:
+        events.warning("run_warn_filters_mixed", filters=", ".join(f"{name} ({n})" for name, n in filters.items()))
+    return intake.frames[0].colour == "mono"
+
+
+def check_room(canvas: Canvas, channels: int, budget: int, output_folder: Path, events: Events) -> None:
     """Refuse a canvas that neither memory nor disk can hold, with the numbers."""
     ny, nx = canvas.shape
     need = ny * nx * (channels + 1) * 4 * _CANVAS_COPIES
@@ -170,9 +194,19 @@ def measure_all(intake: Intake, calibration: Calibration, settings: Settings, wo
     """Find the stars and sample the sky of every frame; frames that cannot be read leave here."""
     frames = intake.frames
     hot = settings.hot_pixel_sigma if settings.hot_pixel_correction else None
-    aperture = choose_aperture(frames, calibration)
-    scale = float(np.median([pixel_scale(f.wcs) for f in frames]))
-    work = partial(_measure, calibration=calibration, aperture=aperture, scale=scale, hot_sigma=hot, events=events)
+    results = intake.results
+    aperture = results.aperture(frames, lambda: choose_aperture(frames, calibration))
+    scales = _typical_scales(frames)
+    scale = float(np.median(list(scales.values()))) if scales else 1.0
+    work = partial(
+        _measure,
+        calibration=calibration,
+        aperture=aperture,
+        zooms={camera: scale / own for camera, own in scales.items()},
+        hot_sigma=hot,
+        events=events,
+        results=results,
+    )
     reasons: list[str] = []
     measures: list[FrameMeasure] = []
     for i, found in enumerate(thread_map(work, frames, workers), start=1):
@@ -185,22 +219,45 @@ def measure_all(intake: Intake, calibration: Calibration, settings: Settings, wo
     intake.drop(reasons, events)
     intake.measures = measures
     intake.measured = {frame.path: measure for frame, measure in zip(intake.frames, measures, strict=True)}
+    intake.drop(misfits.duplicates(intake.frames, intake.measures), events)
+    intake.drop(misfits.without_stars(intake.frames, intake.measures), events)
+    intake.drop(misfits.in_other_units(intake.measures), events)
+
+
+def _camera(frame: Frame) -> Camera:
+    """What decides on the scale of a frame."""
+    return frame.instrument, frame.focal_length, frame.pixel_size, frame.shape
+
+
+def _typical_scales(frames: Sequence[Frame]) -> dict[Camera, float]:
+    """Arcseconds per pixel of every camera: the median of what WCSs say, else what headers hint at, if anything."""
+    said: dict[Camera, list[float]] = {}
+    hinted: dict[Camera, list[float]] = {}
+    for frame in frames:
+        if frame.wcs is not None:
+            said.setdefault(_camera(frame), []).append(pixel_scale(frame.wcs))
+        elif (hint := hint_of(frame)[0].scale) is not None:
+            hinted.setdefault(_camera(frame), []).append(hint)
+    return {camera: float(np.median(scales)) for camera, scales in (hinted | said).items()}
 
 
 def _measure(
     frame: Frame,
     calibration: Calibration,
     aperture: Aperture,
-    scale: float,
+    zooms: Mapping[Camera, float],
     hot_sigma: float | None,
     events: Events,
+    results: Results,
 ) -> FrameMeasure | str:
     events.check_stop()
     # The aperture is the same on the sky for every camera.
-    zoom = scale / pixel_scale(frame.wcs)
+    zoom = zooms.get(_camera(frame), 1.0)
     own = Aperture(aperture.radius * zoom, aperture.inner * zoom, aperture.outer * zoom)
     try:
-        measure = measure_frame(frame, calibration, own, hot_sigma=hot_sigma)
+        measure = results.measure(
+            frame, own, hot_sigma, lambda: measure_frame(frame, calibration, own, hot_sigma=hot_sigma)
+        )
     except FrameError as problem:
         return str(problem)
     if not np.isfinite(measure.sky).all():
@@ -208,6 +265,65 @@ def _measure(
     if not (measure.noise > 0).all():
         return "its pixels are all alike: it is empty or saturated"
     return measure
+
+
+def locate_all(intake: Intake, settings: Settings, workers: int, events: Events) -> Places:
+    """Check, find and refine the WCS of all frames; those that have no place on the sky leave here.
+
+    Raises
+    ------
+    CanvasError
+        If the solver that was asked for is not installed.
+    """
+    try:
+        places = locate(
+            intake.frames,
+            intake.measures,
+            settings,
+            events,
+            workers=workers,
+            recall=lambda frame, make: intake.results.place(frame, settings, make),
+        )
+    except SolveError as problem:
+        raise CanvasError(str(problem)) from problem
+    intake.frames = [
+        frame if place.wcs is frame.wcs or place.wcs is None else replace(frame, wcs=place.wcs, wcs_source=place.source)
+        for frame, place in zip(intake.frames, places.frames, strict=True)
+    ]
+    counts = Counter(place.source for place in places.frames if place.wcs is not None)
+    if places.agreement is not None:
+        agreed = {"median": places.agreement.median, "p95": places.agreement.p95}
+        events.info(
+            "run_info_located",
+            found=counts.total(),
+            frames=len(intake.frames),
+            solved=sum(n for source, n in counts.items() if source not in ("header", "sidecar")),
+            unchecked=sum(place.wcs is not None and not place.checked for place in places.frames),
+            **agreed,
+        )
+    intake.drop([_no_place(place) for place in places.frames], events)
+    return places
+
+
+def _no_place(place: Place) -> str:
+    if place.wcs is not None:
+        return ""
+    return f"it was not found on the sky: {place.reason}"
+
+
+def foresee(intake: Intake, settings: Settings, events: Events, budget: int, output_folder: Path) -> None:
+    """Refuse a canvas that is too large before any pixel is read, as far as headers can tell.
+
+    Raises
+    ------
+    CanvasError
+        If it would not fit into memory or on the disk.
+    """
+    placed = [frame for frame in intake.frames if not _unplaced(frame)]
+    placed = [frame for frame, why in zip(placed, find_strays(placed), strict=True) if not why]
+    if placed and not settings.force_resolve_existing_wcs:
+        channels = 1 if all(frame.colour == "mono" for frame in placed) else 3
+        check_room(plan_canvas(placed, settings), channels, budget, output_folder, events)
 
 
 def match(
@@ -233,7 +349,7 @@ def match(
     if groups > 1:
         events.warning("run_warn_levels_groups", groups=groups)
     if photometry.unmatched:
-        names = ", ".join(intake.frames[i].path.name for i in photometry.unmatched[:3])
+        names = ", ".join(printable(intake.frames[i].path.name) for i in photometry.unmatched[:3])
         events.warning("run_warn_few_stars", n=len(photometry.unmatched), examples=names)
     subs = [
         Sub(frame, measure.repairs, each, adjustment, noise, weight)

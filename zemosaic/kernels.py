@@ -101,7 +101,7 @@ def lanczos(channels: int) -> Any:
     gain : ndarray
         ``(channels,)`` float64.
     plane : ndarray
-        ``(channels, 3)`` float64, taken off after the gain: at ``out[:, 0, 0]``, per column and per row, ADU.
+        ``(channels, 3)`` float64, taken off after the gain: at node ``[0, 0]``, per column and per row, ADU.
     out : ndarray
         ``(channels, h, w)`` float32; every pixel is written, NaN where there is no data. Missing pixels of the source
         take no part; within a pixel of one there is no data either.
@@ -189,7 +189,7 @@ def lanczos(channels: int) -> Any:
                 if jump:
                     _guard(flat, width, channels, start, nearest, weights, px, py, edge, value)
                 for c in range(channels):
-                    level = plane[c, 0] + plane[c, 1] * u + plane[c, 2] * v
+                    level = plane[c, 0] + plane[c, 1] * (left + u) + plane[c, 2] * (top + v)
                     out[c, v, u] = value[c] * gain[c] - level
         return count
 

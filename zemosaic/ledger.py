@@ -1,14 +1,17 @@
 """The books of a run: what became of every frame, and of every mega-tile or master tile.
 
-A frame that was found is used, used in part, or rejected with a reason, exactly once: `Ledger.check`
-says so or raises.
+A frame that was found is used, used in part, or rejected with a reason, exactly once, and every tile is made of
+frames that are in the books: `Ledger.check` says so or raises.
 """
 
 from __future__ import annotations
 
+import csv
+import io
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -19,6 +22,12 @@ from numpy.typing import NDArray
 from zemosaic.tiles import Window
 
 Status = Literal["used", "partial", "rejected"]
+Entry = str | int | float | None
+
+#: A frame that lost more of its pixels than this is used in part. Satellites and cosmic rays take a hundredth at most.
+PARTIAL_SHARE = 0.1
+
+_UNITS = {"exposure": "_s", "level": "_adu", "fwhm": "_px", "sky": "_adu"}  # of the columns of the CSV
 
 
 class LedgerError(ValueError):
@@ -54,6 +63,12 @@ class FrameRecord:
         ADU.
     rejected_share : float
         Share of its pixels that rejection left out, 0 to 1.
+    stars : int
+        Sources found; -1 if never measured.
+    ellipticity, trailing, snr, transparency : float
+        See `zequalitymt.FrameMetrics`.
+    remark : str
+        What was noticed but did not keep it out.
     """
 
     file: str
@@ -68,12 +83,44 @@ class FrameRecord:
     fwhm: float = np.nan
     sky: float = np.nan
     rejected_share: float = np.nan
+    stars: int = -1
+    ellipticity: float = np.nan
+    trailing: float = np.nan
+    snr: float = np.nan
+    transparency: float = np.nan
+    remark: str = ""
 
     def __post_init__(self) -> None:
         if self.status not in get_args(Status):
             raise ValueError(f"{self.file}: no such status as {self.status!r}")
         if self.status != "used" and not self.reason:
             raise ValueError(f"{self.file} is {self.status}: a reason is needed")
+
+
+def fate(used: int, rejected: int, lost: str = "") -> tuple[Status, str, float]:
+    """What became of a frame that reached the stack.
+
+    Parameters
+    ----------
+    used, rejected : int
+        Its pixels that contributed, and that were rejected.
+    lost : str
+        Why it could not be used after all.
+
+    Returns
+    -------
+    status : {"used", "partial", "rejected"}
+    reason : str
+        "" for a used one.
+    share : float
+        Share of its pixels that were rejected, NaN if it has none.
+    """
+    share = rejected / (used + rejected) if used + rejected else math.nan
+    if lost or not used:
+        return "rejected", lost or "none of its pixels was used", share
+    if share > PARTIAL_SHARE:
+        return "partial", f"{share:.0%} of its pixels were rejected as outliers", share
+    return "used", "", share
 
 
 @dataclass(frozen=True)
@@ -130,18 +177,21 @@ class Ledger:
         found = Counter(record.status for record in self)
         return {status: found[status] for status in get_args(Status)}
 
-    def check(self, expected_files: Iterable[str]) -> None:
-        """Make sure that every expected file is entered exactly once, and nothing else.
+    def check(self, expected_files: Iterable[str], tiles: Sequence[TileRecord] = ()) -> None:
+        """Make sure that every expected file is entered exactly once, and nothing else, and that the tiles agree.
 
         Parameters
         ----------
         expected_files : iterable of str
             Every file that the run found.
+        tiles : sequence of TileRecord
+            What the mosaic is made of, if it has tiles: a used frame must be in the lot of one of them, and a tile
+            is made of the used frames of its lot and at most those that gave no pixel.
 
         Raises
         ------
         LedgerError
-            Names files that are missing, entered twice or never expected.
+            Names files that are missing, entered twice or never expected, and tiles that do not agree.
         """
         entered = Counter(record.file for record in self)
         expected = set(expected_files)
@@ -149,10 +199,50 @@ class Ledger:
             "missing from the ledger": sorted(expected - entered.keys()),
             "in the ledger more than once": sorted(file for file, times in entered.items() if times > 1),
             "in the ledger but never found": sorted(entered.keys() - expected),
+            **self._against(tiles),
         }
         words = [f"{len(files)} {what} ({_some(files)})" for what, files in faults.items() if files]
         if words:
             raise LedgerError("the books do not balance: " + "; ".join(words))
+
+    def _against(self, tiles: Sequence[TileRecord]) -> dict[str, list[str]]:
+        """Where the frames contradict the tiles, by the kind of contradiction."""
+        if not tiles:
+            return {}
+        used, all_of = Counter(record.lot for record in self.used), Counter(record.lot for record in self)
+        known = {tile.index for tile in tiles}
+        odd = [tile for tile in tiles if not max(1, used[tile.index]) <= tile.frames <= all_of[tile.index]]
+        return {
+            "used but in no tile": sorted(record.file for record in self.used if record.lot not in known),
+            "tiles with another number of frames than the ledger": [
+                f"tile {tile.index} has {tile.frames}, the ledger {used[tile.index]}" for tile in odd
+            ],
+        }
+
+    def rows(self) -> list[dict[str, Entry | list[Entry]]]:
+        """One dictionary per frame, sorted by file, ready for JSON: tuples are lists, what is unknown is None.
+
+        The keys are the fields of `FrameRecord`.
+        """
+        return [
+            {name: [*map(_known, v)] if isinstance(v, tuple) else _known(v) for name, v in asdict(record).items()}
+            for record in sorted(self, key=lambda record: record.file)
+        ]
+
+    def to_csv(self) -> str:
+        """One line per frame, sorted by file, below a line of column names.
+
+        Gain and level have a column for each channel (``gain_r``, ``gain_g``, ``gain_b``; ``gain`` if there is only
+        one); what is unknown is empty.
+        """
+        channels = max([1, *(max(len(record.gain), len(record.level)) for record in self)])
+        endings = ["_r", "_g", "_b"][:channels] if channels > 1 else [""]
+        lines = [dict(_cells(row, endings)) for row in self.rows()]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(lines[0]) if lines else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        return text.getvalue()
 
     def to_table(self) -> Table:
         """One row per frame, sorted by file.
@@ -179,6 +269,12 @@ class Ledger:
                 "EXPOSURE": np.array([row.exposure for row in rows], float),
                 "DATE_OBS": _text([row.date_obs for row in rows]),
                 "REJECTED": np.array([row.rejected_share for row in rows], float),
+                "STARS": np.array([row.stars for row in rows], np.int32),
+                "ELLIP": np.array([row.ellipticity for row in rows], float),
+                "TRAILING": np.array([row.trailing for row in rows], float),
+                "SNR": np.array([row.snr for row in rows], float),
+                "TRANSPAR": np.array([row.transparency for row in rows], float),
+                "REMARK": _text([row.remark for row in rows]),
             }
         )
         table["EXPOSURE"].unit = u.s
@@ -219,6 +315,22 @@ def _vectors(values: Sequence[tuple[float, ...]], channels: int) -> NDArray[np.f
     for row, value in zip(filled, values, strict=True):
         row[: len(value)] = value
     return filled[:, 0] if channels == 1 else filled
+
+
+def _known(value: Entry) -> Entry:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cells(row: dict[str, Entry | list[Entry]], endings: Sequence[str]) -> Iterator[tuple[str, Entry]]:
+    """Column name and content; a list takes as many columns as there are `endings`."""
+    for name, value in row.items():
+        values = [*value, *[None] * len(endings)] if isinstance(value, list) else [value]
+        for ending, one in zip(endings if isinstance(value, list) else [""], values, strict=False):
+            unknown = name in ("lot", "stars") and one == -1
+            yield (
+                f"{name}{ending}{_UNITS.get(name, '')}",
+                (None if unknown else f"{one:.6g}" if isinstance(one, float) else one),
+            )
 
 
 def _some(files: Sequence[str], most: int = 3) -> str:

@@ -353,19 +353,16 @@ class Adjustment:
 
     def apply(self, image: FloatImage, block: Window, out: FloatImage) -> None:
         """Write the adjusted ``(C, h, w)`` canvas pixels of `block` into `out` of the same shape."""
-        y, x = np.ogrid[: block.shape[0], : block.shape[1]]
-        for plane, target, gain, (level, along_x, along_y) in zip(
-            image, out, self.gain, self.plane_on(block), strict=True
-        ):
+        y, x = (np.arange(*r) for r in ((block.y0, block.y1), (block.x0, block.x1)))
+        for plane, target, gain, (level, along_x, along_y) in zip(image, out, self.gain, self.slopes, strict=True):
             np.multiply(plane, np.float32(gain), out=target)
-            target -= (along_x * x).astype(np.float32)
-            target -= (level + along_y * y).astype(np.float32)
+            target -= (along_x * (x - self.window.x0)).astype(np.float32)
+            target -= (level + along_y * (y - self.window.y0)).astype(np.float32)[:, None]
 
-    def plane_on(self, block: Window) -> Floats:
-        """What is subtracted on a block of the canvas, ``(C, 3)``: at its first pixel, per column and per row."""
+    @property
+    def slopes(self) -> Floats:
+        """What is subtracted, ``(C, 3)``: at the first pixel of the window, per column and per row, ADU."""
         cy, cx, hy, hx = window_frame(self.window)
         level, slope_u, slope_v = self.plane.T
-        return np.stack(
-            [level + slope_u * (block.x0 - cx) / hx + slope_v * (block.y0 - cy) / hy, slope_u / hx, slope_v / hy],
-            axis=1,
-        )
+        first = level + slope_u * (self.window.x0 - cx) / hx + slope_v * (self.window.y0 - cy) / hy
+        return np.stack([first, slope_u / hx, slope_v / hy], axis=1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 
 from zemosaic.calibrate import Calibration, Repairs, prepare
 from zemosaic.frames import Frame, FrameError
@@ -24,6 +26,11 @@ from zemosaic.stars import (
 from zemosaic.tiles import FloatImage
 
 _SKY_BLOCKS = 32  # sky samples along the shorter side of a frame
+_BRIGHTEST = 10  # stars whose signal-to-noise stands for the frame's
+_STRUCTURE_FIELDS = 5  # fields of sky along the shorter side whose unevenness is looked at
+_JUMP_REACH = 100.0  # px: longest jump that doubles the stars
+_JUMP_RADIUS = 2.0  # px by which the shifts of two doubled stars may differ
+_JUMP_STARS = 20  # stars below which a common shift means nothing
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,14 @@ class FrameMeasure:
     trailing : float
         0 … 1, elongation that the stars have in common: length of the median of their vectors
         ``(a² - b²) / (a² + b²) (cos 2θ, sin 2θ)``.
+    angle : float
+        Its direction, degrees from the x axis towards y, 0 … 180.
+    doubled, jump : float
+        Share of the stars that have a companion at one and the same shift, and the length of that shift, px.
+    snr : float
+        Median flux of the 10 brightest stars that are fit for photometry, over the noise of the sky in the aperture.
+    structure : float
+        Unevenness of the sky on the scale of a fifth of the frame, 1 sigma about the best plane, ADU.
     sky, noise : ndarray
         ``(C,)`` ADU: median sky, and noise of one photosite.
     blocks : ndarray
@@ -59,6 +74,11 @@ class FrameMeasure:
     fwhm: float
     ellipticity: float
     trailing: float
+    angle: float
+    doubled: float
+    jump: float
+    snr: float
+    structure: float
     sky: NDArray[np.float64]
     noise: NDArray[np.float64]
     blocks: FloatImage
@@ -95,13 +115,21 @@ def measure_frame(
     stars = photometry(planes, found, saturation=frame.saturation, peak=peak, noise=cell_noise, aperture=aperture)
     cells = int(np.clip(min(frame.shape) // (2 * _SKY_BLOCKS), 4, 32))
     blocks = block_medians(planes, cells)
+    trailing, angle = _trailing(found)
+    doubled, jump = _doubled(stars)
     return FrameMeasure(
         repairs=repairs,
         stars=stars,
         detected=len(found.x),
         fwhm=2 * found.typical_fwhm(),
         ellipticity=float(np.median(found.ellipticity)) if len(found.x) else float("nan"),
-        trailing=_trailing(found),
+        trailing=trailing,
+        angle=angle,
+        doubled=doubled,
+        jump=jump,
+        # Noise of the sky in the aperture; a cell is 2 px wide.
+        snr=_typical_snr(stars, 2 * math.sqrt(math.pi) * aperture.radius * float(np.linalg.norm(cell_noise))),
+        structure=_structure(blocks.mean(axis=2, dtype=np.float64)),
         sky=np.array([_median(blocks[..., c]) for c in range(len(planes))]),
         noise=cell_noise * np.sqrt([p.pixels_per_cell for p in planes]),
         blocks=blocks,
@@ -135,13 +163,62 @@ def _luminance_and_peak(pixels: FloatImage) -> tuple[FloatImage, FloatImage]:
     return mean, np.maximum(np.maximum(tops[0], tops[1]), np.maximum(tops[2], tops[3]))
 
 
-def _trailing(found: Detection) -> float:
+def _trailing(found: Detection) -> tuple[float, float]:
+    """Elongation common to the stars, and its direction in degrees."""
     if not len(found.x):
-        return float("nan")
+        return math.nan, math.nan
     ratio = (1 - found.ellipticity) ** 2
     elongation = (1 - ratio) / (1 + ratio)
     x, y = (float(np.median(elongation * f(2 * found.angle))) for f in (np.cos, np.sin))
-    return float(np.hypot(x, y))
+    return math.hypot(x, y), math.degrees(math.atan2(y, x)) / 2 % 180
+
+
+def _doubled(stars: Stars) -> tuple[float, float]:
+    """Share of the stars that a jump within the exposure has doubled, and its length in px.
+
+    Of the shifts between any two stars a jump makes one far more frequent than chance; what chance gives at this
+    density of stars is taken off.
+    """
+    count = len(stars)
+    if count < _JUMP_STARS:
+        return math.nan, math.nan
+    points = np.c_[stars.x, stars.y]
+    pairs = cKDTree(points).query_pairs(_JUMP_REACH, output_type="ndarray")
+    if not len(pairs):
+        return 0.0, math.nan
+    shifts = points[pairs[:, 1]] - points[pairs[:, 0]]
+    # Either star of a pair may be the first.
+    alike = cKDTree(np.concatenate([shifts, -shifts])).query_ball_point(shifts, _JUMP_RADIUS, return_length=True)
+    best = int(np.argmax(alike))
+    chance = count**2 * math.pi * _JUMP_RADIUS**2 / float(np.prod(np.ptp(points, axis=0) + 1))
+    return min(1.0, 2 * max(0.0, alike[best] - 1 - chance) / count), float(np.hypot(*shifts[best]))
+
+
+def _typical_snr(stars: Stars, noise: float) -> float:
+    brightest = np.sort(stars.flux[stars.clean].sum(axis=1))[-_BRIGHTEST:]
+    return float(np.median(brightest)) / noise if len(brightest) and noise > 0 else math.nan
+
+
+def _structure(blocks: NDArray[np.float64]) -> float:
+    """Half-width of the sky about its best plane: the 80 % range over 2.56; NaN for less than nine fields of sky.
+
+    The sky is the lower quartile of the blocks ``(by, bx)`` in fields of a fifth of the shorter side: in fields that
+    large a satellite trail does not count.
+    """
+    side = max(1, min(blocks.shape) // _STRUCTURE_FIELDS)
+    ny, nx = blocks.shape[0] // side, blocks.shape[1] // side
+    fields = blocks[: ny * side, : nx * side].reshape(ny, side, nx, side).transpose(0, 2, 1, 3).reshape(ny, nx, -1)
+    y, x = np.nonzero(np.isfinite(fields).mean(axis=2) >= 0.5)
+    if len(x) < 9:
+        return math.nan
+    rest = value = np.nanpercentile(fields[y, x], 25, axis=1)
+    design = np.c_[np.ones(len(x)), x, y]
+    for _ in range(3):  # a cloud must not tilt the plane
+        off = np.abs(rest - np.median(rest))
+        keep = off <= 4.5 * np.median(off)
+        rest = value - design @ np.linalg.lstsq(design[keep], value[keep], rcond=None)[0]
+    low, high = np.percentile(rest, (10, 90))
+    return float(high - low) / 2.56
 
 
 def _median(values: FloatImage) -> float:

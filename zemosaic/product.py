@@ -90,6 +90,7 @@ class ProductPaths:
     fits: Path
     preview: Path
     settings: Path
+    frames: Path
 
 
 def save_product(
@@ -103,7 +104,7 @@ def save_product(
     settings_text: str = "",
     preview: PreviewSettings | None = None,
 ) -> ProductPaths:
-    """Write ``<name>_<route>`` as .fits, .png and .toml; another run's product is never touched.
+    """Write ``<name>_<route>`` as .fits, .png and .toml, and its frames as _frames.csv; never over another's files.
 
     Everything is first written to ``.part`` files in the same folder, forced to disk and then
     renamed, the FITS file last: where it exists the product is complete. Where a name is taken the
@@ -131,7 +132,7 @@ def save_product(
     Returns
     -------
     ProductPaths
-        The three files.
+        The four files.
 
     Raises
     ------
@@ -149,6 +150,7 @@ def save_product(
             picture = preview_rgba(mosaic, **asdict(preview or PreviewSettings()))
             _write(_part(paths.preview), encode_png(picture))
             _write(_part(paths.settings), settings_text.encode())
+            _write(_part(paths.frames), ledger.to_csv().encode())
             _publish(paths)
         finally:
             _tidy(paths)
@@ -207,13 +209,13 @@ def _reserve(folder: Path, stem: str) -> ProductPaths:
     """Claim the first free name: create its ``.fits.part``, which only one process can."""
     for number in itertools.count(1):
         base = stem if number == 1 else f"{stem}_{number}"
-        paths = ProductPaths(folder / f"{base}.fits", folder / f"{base}.png", folder / f"{base}.toml")
+        paths = ProductPaths(*(folder / f"{base}{end}" for end in (".fits", ".png", ".toml", "_frames.csv")))
         try:
             _part(paths.fits).touch(exist_ok=False)
         except FileExistsError:
             continue
         # Looked at with the claim in hand: before, another run could still have finished in between.
-        if not any(os.path.lexists(path) for path in (paths.fits, paths.preview, paths.settings)):
+        if not any(os.path.lexists(path) for path in (paths.fits, *_beside(paths))):
             return paths
         _part(paths.fits).unlink()
     raise AssertionError("unreachable")
@@ -223,8 +225,13 @@ def _part(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
+def _beside(paths: ProductPaths) -> tuple[Path, ...]:
+    """Everything but the FITS file."""
+    return paths.preview, paths.settings, paths.frames
+
+
 def _publish(paths: ProductPaths) -> None:
-    for path in (paths.settings, paths.preview, paths.fits):
+    for path in (*_beside(paths), paths.fits):
         os.replace(_part(path), path)
 
 
@@ -235,7 +242,7 @@ def _tidy(paths: ProductPaths) -> None:
     """
     if paths.fits.exists():
         return
-    for path in (paths.settings, paths.preview):
+    for path in _beside(paths):
         _part(path).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
     _part(paths.fits).unlink(missing_ok=True)

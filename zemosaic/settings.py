@@ -37,9 +37,7 @@ else:
 _UNUSED = """
 input_dir input_folder output_dir output_folder global_wcs_output_path
 
-solver_method astap_executable_path astap_data_directory_path astap_default_search_radius
-astap_default_downsample astap_default_sensitivity astap_max_instances astap_drizzled_fallback_enabled
-astrometry_api_key astrometry_local_path force_resolve_existing_wcs
+astap_default_sensitivity astap_drizzled_fallback_enabled astrometry_api_key
 
 cluster_target_groups
 auto_limit_frames_per_master_tile batch_overlap_pct allow_batch_duplication min_safe_stack target_stack
@@ -101,7 +99,7 @@ visual_seam_heal_multiscale_mid_sigma_scale visual_seam_heal_multiscale_mid_rel_
 save_final_as_uint16 legacy_rgb_cube save_display_fits
 
 assembly_process_workers grid_workers coadd_use_memmap coadd_cleanup_memmap cleanup_temp_artifacts
-cache_retention resume chunk_profile_mode parallel_autotune_enabled parallel_target_cpu_load
+cache_retention chunk_profile_mode parallel_autotune_enabled parallel_target_cpu_load
 parallel_target_ram_fraction parallel_gpu_vram_fraction parallel_max_cpu_workers phase3_ram_high_pct
 phase3_ram_critical_pct use_gpu_phase5 use_gpu_grid use_gpu_stack stack_use_gpu gpu_id_phase5 gpu_selector
 gpu_hybrid_vram_guard phase5_chunk_auto phase5_chunk_mb enable_resource_telemetry
@@ -151,6 +149,29 @@ class Settings(BaseModel):
     language: Literal["en", "fr"] = _setting("en", "Language of the messages.")
     output_name: str = _setting("", "Name of the product; empty = the OBJECT of the frames.")
 
+    # --- plate solving
+    solver_method: Literal["auto", "embedded", "astap", "astrometry", "none"] = _setting(
+        "auto", "Plate solver that is tried first; auto = the embedded one, none = only the WCS that frames have."
+    )
+    solver_fallback: bool = _setting(
+        True, "Where a solver fails, try the embedded one, then ASTAP, then astrometry.net, as far as installed."
+    )
+    force_resolve_existing_wcs: bool = _setting(False, "Solve frames that have a WCS already as well.")
+    solver_timeout_s: float = _setting(60.0, "Time after which an external solver is stopped.", "s", gt=0)
+    astap_executable_path: str = _setting("", "ASTAP's program or its folder; empty = it is searched.")
+    astap_data_directory_path: str = _setting("", "Folder of ASTAP's star database; empty = it is searched.")
+    astap_default_search_radius: float = _setting(
+        3.0, "How far ASTAP searches around the place that a frame's header names, at least.", "deg", gt=0, le=180
+    )
+    astap_default_downsample: int = _setting(
+        2, "Binning of the frames that ASTAP gets, never below 2; 0 = 2, and more if ASTAP thinks so.", "x", ge=0, le=8
+    )
+    astap_max_instances: int = _setting(1, "ASTAP programs that run at the same time.", ge=1)
+    astrometry_local_path: str = _setting(
+        "",
+        "solve-field or its folder, a configuration file (.cfg) for it, or a folder of index files; empty = searched.",
+    )
+
     # --- calibration of the single frames
     master_dark_path: str = _setting("", "FITS file with the master dark; empty = none.")
     master_flat_path: str = _setting("", "FITS file with the master flat; empty = none.")
@@ -158,12 +179,26 @@ class Settings(BaseModel):
     hot_pixel_sigma: float = _setting(
         6.0, "How far a pixel must stand out of its neighbours to count as hot.", "sigma", ge=1
     )
-    blur_filter: bool = _setting(True, "Leave out frames that are blurred far beyond the others.")
+    blur_filter: bool = _setting(
+        True, "Leave out frames that are blurred, trailed or doubled far beyond the others, or whose WCS is wrong."
+    )
     blur_filter_factor: float = _setting(
         1.6,
         "Frames whose FWHM exceeds this many times the night's median are left out.",
         "x median FWHM",
         gt=1,
+    )
+    cloud_filter: bool = _setting(True, "Leave out frames that clouds dim unevenly or hide.")
+    cloud_filter_dimmed: bool = _setting(
+        False,
+        "Leave out evenly dimmed frames as well, where enough others see their sky; if kept they get less weight.",
+    )
+    cloud_filter_transparency: float = _setting(
+        0.72,
+        "Share of their light in the clear frames below which a frame's stars are called dimmed.",
+        "fraction",
+        gt=0,
+        lt=1,
     )
 
     # --- the route, and the classic master tiles
@@ -289,6 +324,11 @@ class Settings(BaseModel):
     num_processing_workers: int = _setting(-1, "Workers that run at the same time; -1 (or 0) = one a core.", ge=-1)
     memory_gb: float | None = _setting(None, "Memory the run may use; none = 60 % of what is free.", "GB", gt=0)
     coadd_memmap_dir: str = _setting("", "Scratch folder for arrays beyond the memory; empty = output folder.")
+    resume: Literal["auto", "off", "force"] = _setting(
+        "auto",
+        "Keep finished results beside the product and use those of earlier runs; force = however much room they take.",
+    )
+    resume_cache_gb: float = _setting(20.0, "Room that kept results may take; the oldest go first.", "GB", ge=0)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -359,6 +399,9 @@ def settings_from(values: Mapping[str, Any]) -> tuple[Settings, list[str]]:
     warnings = []
     if used.get("language") in _FOREIGN_LANGUAGES:
         warnings.append(f"There are no messages in language {used.pop('language')!r}; English is used.")
+    if used.get("solver_method") == "ansvr":  # a local server around solve-field, on Windows
+        used["solver_method"] = "astrometry"
+        warnings.append("solver_method = ansvr is read as astrometry: solve-field is called itself.")
     try:
         settings = Settings(**used)
     except ValidationError as error:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import mmap
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +20,7 @@ class ArrayStore:
     Parameters
     ----------
     budget : int
-        Bytes that may stay in memory; half of it is for `scratch` shelves.
+        Bytes that may stay in memory.
     folder : Path or None
         Where files go past the budget; None is the system's folder for temporary files.
     """
@@ -36,7 +34,7 @@ class ArrayStore:
         self._mapped: list[np.memmap] = []
 
     def keep(self, array: NDArray[Scalar]) -> NDArray[Scalar]:
-        """The array itself while the budget lasts, else a memory-mapped copy of it.
+        """The array itself while the budget lasts, else a memory-mapped copy of it; a mapped array stays as it is.
 
         Raises
         ------
@@ -44,6 +42,9 @@ class ArrayStore:
             If the scratch folder is full or cannot be written to.
         """
         with self._lock:
+            if isinstance(array, np.memmap):
+                self._mapped.append(array)
+                return array
             if self._held + array.nbytes <= self._budget:
                 self._held += array.nbytes
                 return array
@@ -52,9 +53,10 @@ class ArrayStore:
                     self._folder.mkdir(parents=True, exist_ok=True)
                 self._files = tempfile.TemporaryDirectory(prefix=".zemosaic-", dir=self._folder)
             path = Path(self._files.name) / f"{len(self._mapped):06d}.npy"
-            copy = np.lib.format.open_memmap(path, mode="w+", dtype=array.dtype, shape=array.shape)
+            # Written first and mapped then: a mapping that the disk has no room for kills the process.
+            np.save(path, array, allow_pickle=False)
+            copy = np.lib.format.open_memmap(path, mode="r+")
             self._mapped.append(copy)
-        copy[...] = array
         return copy
 
     def release(self) -> None:
@@ -70,14 +72,10 @@ class ArrayStore:
         self.close()
         self._held = 0
 
-    @contextmanager
-    def scratch(self) -> Iterator[ArrayStore]:
-        """A shelf with half the budget for arrays that are not needed after the block."""
-        shelf = ArrayStore(self._budget // 2, self._folder)
-        try:
-            yield shelf
-        finally:
-            shelf.close()
+    @property
+    def room(self) -> int:
+        """Bytes for what is needed at a time besides: half the budget."""
+        return self._budget // 2
 
     def close(self) -> None:
         """Remove the scratch files."""

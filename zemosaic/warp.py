@@ -125,26 +125,70 @@ def _exact(
     return fx.reshape(x.shape), fy.reshape(x.shape)
 
 
+@dataclass(frozen=True)
+class Crop:
+    """Part of a frame, or all of it.
+
+    Parameters
+    ----------
+    pixels : ndarray
+        ``(h, w)`` CFA or mono, or ``(h, w, 3)``; float32 ADU, NaN = no data.
+    box : Window
+        Where they lie in the frame, frame pixels.
+    """
+
+    pixels: FloatImage
+    box: Window
+
+    @classmethod
+    def whole(cls, pixels: FloatImage) -> Crop:
+        """All pixels of a frame."""
+        return cls(pixels, Window.of_shape(pixels.shape[:2]))
+
+
+def source_box(pixel_map: PixelMap, block: Window, shape: tuple[int, int], *, bayer: bool) -> Window:
+    """Frame pixels that a block of the canvas looks at, interpolation and debayering included; may be empty."""
+    return _look(pixel_map, block, shape, bayer=bayer).intersect(Window.of_shape(shape))
+
+
+def _look(pixel_map: PixelMap, block: Window, shape: tuple[int, int], *, bayer: bool) -> Window:
+    """The same beyond the edges of the frame."""
+    x0, x1, y0, y1 = pixel_map.reach(block)
+    if not (x1 >= -0.5 and x0 <= shape[1] - 0.5 and y1 >= -0.5 and y0 <= shape[0] - 0.5):
+        return Window(0, 0, 0, 0)
+    top, bottom = _around(y0, y1, shape[0])
+    left, right = _around(x0, x1, shape[1])
+    if not bayer:
+        return Window(top, bottom, left, right)
+    # Even corners keep the phase of the CFA, even sides its cells whole.
+    top, left = (p // 2 * 2 - DEBAYER_MARGIN for p in (top, left))
+    bottom, right = (-(-p // 2) * 2 + DEBAYER_MARGIN for p in (bottom, right))
+    return Window(top, bottom, left, right)
+
+
 def warp_block(
-    pixels: FloatImage,
+    crop: Crop,
     bayer: str | None,
     pixel_map: PixelMap,
+    shape: tuple[int, int],
     block: Window,
     edge: float,
     out: FloatImage,
-    gain: NDArray[np.float64] | None = None,
-    plane: NDArray[np.float64] | None = None,
+    gain: Floats | None = None,
+    plane: Floats | None = None,
 ) -> int:
     """A frame on a block of the canvas: debayer just the part that is needed, then interpolate once.
 
     Parameters
     ----------
-    pixels : ndarray
-        ``(ny, nx)`` CFA or mono, or ``(ny, nx, 3)``; float32 ADU, NaN = no data.
+    crop : Crop
+        Its pixels, at least those in `source_box` of the block.
     bayer : str or None
-        CFA pattern of `pixels`.
+        CFA pattern of the frame.
     pixel_map : PixelMap
         Where the frame lies on the canvas.
+    shape : tuple of int
+        ``(ny, nx)`` of the frame.
     block : Window
         Canvas pixels to make, within the window of the map.
     edge : float
@@ -154,7 +198,7 @@ def warp_block(
     gain : ndarray, optional
         ``(C,)`` what the values are multiplied by; 1 if not given.
     plane : ndarray, optional
-        ``(C, 3)`` what is taken off then: at the first pixel of the block, per column and per row, ADU.
+        ``(C, 3)`` what is taken off then: at the first pixel of the map's window, per column and per row, ADU.
 
     Returns
     -------
@@ -165,26 +209,18 @@ def warp_block(
     -----
     Lanczos-3. Around bright, sharp edges (saturated cores) its negative lobes would ring: see `kernels.lanczos`.
     """
-    channels = len(out)
-    ny, nx = pixels.shape[:2]
-    x0, x1, y0, y1 = pixel_map.reach(block)
-    if not (x1 >= -0.5 and x0 <= nx - 0.5 and y1 >= -0.5 and y0 <= ny - 0.5):
+    channels, (ny, nx) = len(out), shape
+    box = _look(pixel_map, block, shape, bayer=bool(bayer))
+    there = box.intersect(crop.box)
+    if not there.area:
         out[...] = np.nan
         return 0
-    top, bottom = _around(y0, y1, ny)
-    left, right = _around(x0, x1, nx)
-    if bayer:
-        # Even corners keep the phase of the CFA, even sides its cells whole.
-        top, left = (p // 2 * 2 - DEBAYER_MARGIN for p in (top, left))
-        bottom, right = (-(-p // 2) * 2 + DEBAYER_MARGIN for p in (bottom, right))
-    source = pixels[max(0, top) : bottom, max(0, left) : right]
-    border = max(0, -top), max(0, bottom - ny), max(0, -left), max(0, right - nx)
+    source = np.ascontiguousarray(crop.pixels[there.within(crop.box)])
+    border = max(0, -box.y0), max(0, box.y1 - ny), max(0, -box.x0), max(0, box.x1 - nx)
+    top, left = there.y0 - border[0], there.x0 - border[2]
     if any(border):
         # Mirrored without repeating the edge, which keeps the phase of the CFA as well.
-        source = np.asarray(
-            cv2.copyMakeBorder(np.ascontiguousarray(source), *border, cv2.BORDER_REFLECT_101), np.float32
-        )
-    source = np.ascontiguousarray(source)
+        source = np.asarray(cv2.copyMakeBorder(source, *border, cv2.BORDER_REFLECT_101), np.float32)
     if bayer:
         source = debayer_part(source, *red_site(bayer))
         top, left = top + DEBAYER_MARGIN, left + DEBAYER_MARGIN

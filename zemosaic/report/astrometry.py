@@ -1,0 +1,182 @@
+"""Astrometry: do frames put the same star at the same place, and is that place right?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+from zemosaic.canvas import pixel_scale
+from zemosaic.report.evidence import Evidence, Floats, Ints
+from zemosaic.report.lots import Matched, Offsets, average, combined, lot_offsets, shares, stacked_offsets
+from zemosaic.report.surface import MosaicStars
+
+_SIGNAL = 20.0  # from which a centroid is good to some hundredths of a pixel
+_BRIGHT = 60.0  # as in photometry
+_RADIUS = 5.0  # px, in which a star of a catalogue is looked for
+_LEAST = 5
+_MOST = 3.0  # px, as far as a lot may be off
+
+
+@dataclass(frozen=True)
+class AstrometryFigures:
+    """Where stars are; F frames, L lots.
+
+    Parameters
+    ----------
+    stars : int
+        Stars that several frames saw.
+    scale : float
+        arcsec per pixel; NaN without a WCS.
+    median, p95 : float
+        px, distance of a frame's star from where the other frames see it.
+    vectors : ndarray
+        ``(F, 4)`` of every frame: x, y of its middle and its median shift dx, dy against the frames of all lots, mosaic
+        pixels; NaN where it has fewer than `_LEAST` stars.
+    lots : Offsets
+        ``(L, 2)`` x, y of every lot against the others, px, with what stacking did to it.
+    position_median, position_p95 : float
+        px, expected error of a bright star's position in the mosaic: half the difference between two halves of the
+        frames, and the mean offset of the lots there.
+    catalogue_median, catalogue_p95 : float
+        px, distance of the mosaic's stars from the catalogue; NaN without one.
+    catalogue_vectors : ndarray
+        ``(n, 4)`` x, y, dx, dy of those stars.
+    """
+
+    stars: int
+    scale: float
+    median: float
+    p95: float
+    vectors: Floats
+    lots: Offsets
+    position_median: float
+    position_p95: float
+    catalogue_median: float
+    catalogue_p95: float
+    catalogue_vectors: Floats
+
+
+def measure_astrometry(evidence: Evidence, mosaic: MosaicStars, matched: Matched | None) -> AstrometryFigures:
+    """Everything that positions tell."""
+    frames = evidence.frames
+    offsets = Offsets.unknown(evidence.lots, 2)
+    vectors = np.full((len(frames) if frames is not None else 0, 4), np.nan)
+    residuals, position, stars = np.zeros(0), np.zeros(0), 0
+    if matched is not None and frames is not None:
+        vectors[:, :2] = frames.outline.mean(axis=1)
+        good = matched.take(np.flatnonzero(matched.clean & (matched.signal > _SIGNAL)))
+        between = _lot_positions(good, evidence.lots)
+        offsets = combined(between, _lot_stacking(mosaic, good, evidence.lots))
+        residual = _residuals(good)
+        residuals = np.hypot(residual[:, 0], residual[:, 1])
+        residuals = residuals[np.isfinite(residuals)]
+        # Most stars of a lot are seen by frames of that lot alone, which are all shifted alike.
+        shift = np.nan_to_num(between.value)
+        level = replace(good, x=good.x - shift[good.lot, 0], y=good.y - shift[good.lot, 1])
+        vectors[:, 2:] = _frame_medians(good.frame, _residuals(level), len(frames)) + shift[frames.lot]
+        bright = good.take(np.flatnonzero(good.signal > _BRIGHT))
+        position, stars = _position_errors(bright, np.nan_to_num(offsets.value))
+    shift = _catalogue_residuals(evidence, mosaic)
+    distance = np.hypot(shift[:, 2], shift[:, 3])
+    return AstrometryFigures(
+        stars=stars,
+        scale=pixel_scale(evidence.wcs) if evidence.wcs is not None else float("nan"),
+        median=_percentile(residuals, 50),
+        p95=_percentile(residuals, 95),
+        vectors=vectors,
+        lots=offsets,
+        position_median=_percentile(position, 50),
+        position_p95=_percentile(position, 95),
+        catalogue_median=_percentile(distance, 50),
+        catalogue_p95=_percentile(distance, 95),
+        catalogue_vectors=shift,
+    )
+
+
+def match_catalogue(evidence: Evidence, mosaic: MosaicStars) -> tuple[Ints, Ints, Floats]:
+    """Stars of the mosaic and of the catalogue that are each other's nearest.
+
+    Returns
+    -------
+    star, reference : ndarray
+        ``(n,)`` indices; empty without a catalogue or a WCS.
+    shift : ndarray
+        ``(n, 2)`` mosaic minus catalogue, px.
+    """
+    none = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros((0, 2))
+    if evidence.catalogue is None or evidence.wcs is None or not len(mosaic.stars):
+        return none
+    places = np.stack(evidence.wcs.all_world2pix(evidence.catalogue.ra, evidence.catalogue.dec, 0), axis=1)
+    ny, nx = evidence.shape
+    with np.errstate(invalid="ignore"):
+        on = np.flatnonzero(((places >= 0) & (places <= [nx, ny])).all(axis=1))
+    if not len(on):
+        return none
+    places = places[on]
+    distance, reference = cKDTree(places).query(mosaic.points, distance_upper_bound=_RADIUS)
+    star = np.flatnonzero(np.isfinite(distance) & mosaic.stars.clean)
+    back = cKDTree(mosaic.points).query(places[reference[star]])[1]
+    star = star[back == star]
+    return star, on[reference[star]], mosaic.points[star] - places[reference[star]]
+
+
+def _catalogue_residuals(evidence: Evidence, mosaic: MosaicStars) -> Floats:
+    star, _, shift = match_catalogue(evidence, mosaic)
+    return np.c_[mosaic.points[star], shift]
+
+
+def _lot_positions(good: Matched, lots: int) -> Offsets:
+    weight = np.repeat(np.minimum(good.signal, 100.0)[:, None] ** 2, 2, axis=1)
+    star, lot, mean, total = average(good.star, good.lot, np.c_[good.x, good.y], weight)
+    return lot_offsets(star, lot, mean, 1 / np.sqrt(total), lots, _MOST)
+
+
+def _lot_stacking(mosaic: MosaicStars, good: Matched, lots: int) -> Offsets:
+    """How far stacking moved the lots, px: from where their frames see the stars to where the mosaic shows them."""
+    star, _, place, _ = average(good.star, np.zeros_like(good.star), np.c_[good.x, good.y], good.weight[:, :1] * [1, 1])
+    fine = mosaic.stars.clean[star]
+    moved = (mosaic.points[star] - place)[fine]
+    share = shares(good.star, good.lot, good.weight.mean(axis=1), lots)[fine]
+    return stacked_offsets(share, moved - (np.median(moved, axis=0) if len(moved) else 0))
+
+
+def _residuals(good: Matched) -> Floats:
+    """Distance ``(n, 2)`` of every detection from the mean of the *other* frames' of the same star; NaN if alone."""
+    _, at = np.unique(good.star, return_inverse=True)
+    count = np.bincount(at)[at]
+    out = np.full((len(good), 2), np.nan)
+    for k, value in enumerate((good.x, good.y)):
+        total = np.bincount(at, value)[at] if len(at) else value
+        with np.errstate(invalid="ignore", divide="ignore"):
+            # Divided so that n equally good frames show each its own error, not that of the others too.
+            out[:, k] = np.where(count > 1, (value - total / count) * np.sqrt(count / (count - 1)), np.nan)
+    return out
+
+
+def _frame_medians(frame: Ints, residual: Floats, frames: int) -> Floats:
+    """Median residual ``(F, 2)`` of every frame."""
+    known = np.isfinite(residual).all(axis=1)
+    frame, residual = frame[known], residual[known]
+    order = np.argsort(frame, kind="stable")
+    parts = np.split(residual[order], np.cumsum(np.bincount(frame, minlength=frames))[:-1])
+    return np.array([np.median(p, axis=0) if len(p) >= _LEAST else (np.nan, np.nan) for p in parts])
+
+
+def _position_errors(good: Matched, offset: Floats) -> tuple[Floats, int]:
+    """Expected errors ``(n,)`` px of the stars' positions in the mosaic, and how many stars that is."""
+    order = np.lexsort((good.frame, good.star))
+    star = good.star[order]
+    first = np.r_[0, np.flatnonzero(np.diff(star)) + 1] if len(star) else np.zeros(0, int)
+    rank = np.arange(len(star)) - np.repeat(first, np.diff(np.r_[first, len(star)]))
+    weight = np.repeat(good.weight[order].mean(axis=1)[:, None], 2, axis=1)
+    half, _, place, _ = average(star, rank % 2, np.c_[good.x, good.y][order], weight)
+    pair = np.flatnonzero(np.diff(half) == 0)
+    whole, _, shift, _ = average(star, np.zeros_like(star), offset[good.lot[order]], weight)
+    noise = (place[pair] - place[pair + 1]) / 2
+    return np.hypot(*(noise + shift[np.isin(whole, half[pair])]).T), len(pair)
+
+
+def _percentile(values: Floats, q: float) -> float:
+    return float(np.percentile(values, q)) if len(values) else float("nan")

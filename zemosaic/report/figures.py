@@ -1,0 +1,423 @@
+"""The plots of the report as SVG that takes its colours from the page, so that it suits a light and a dark one.
+
+Text and lines are drawn in stand-in colours, which become CSS variables in the end; matplotlib's object interface is
+used, without pyplot and its global state, so that a run may be a thread of a larger program.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
+from matplotlib.figure import Figure
+from matplotlib.patches import Polygon
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from zemosaic.ledger import FrameRecord
+from zemosaic.report.defects import Hole, Trail
+from zemosaic.report.faults import LotLine
+from zemosaic.report.seams import Seam
+from zemosaic.report.story import Phase, Story
+from zemosaic.report.verdict import Map
+
+Say = Callable[..., str]
+
+# Stand-ins that nothing else is drawn in, and what they become.
+INK, MUTED, LINE = "#0a0b0c", "#0b0c0d", "#0c0d0e"
+BLUE, AMBER, RED = "#0d0e0f", "#0e0f10", "#0f1011"
+_COLOURS = {INK: "ink", MUTED: "muted", LINE: "line", BLUE: "blue", AMBER: "amber", RED: "red"}
+
+#: Middle tones that are seen on white and on black alike.
+LOT_COLOURS = ("#4c8dd6", "#e08a3c", "#4aa873", "#d2607a", "#9a78cf", "#b9922f", "#3fa6ad", "#a4745c")
+
+_WIDTH = 4.6  # inches
+_TEXT = 8.0  # points
+_MOST_ARROWS = 500
+_MOST_LABELS = 40
+_MOST_MARKERS = 1500  # drawn one by one; beyond that as a picture
+
+_RC = {
+    "svg.fonttype": "none",
+    "font.size": _TEXT,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "text.color": INK,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "axes.linewidth": 0.7,
+    "axes.unicode_minus": True,
+}
+
+#: Zero is a grey that is neither of both pages.
+DIVERGING = LinearSegmentedColormap.from_list("levels", ["#2166c4", "#7fb0e6", "#b9bcc0", "#ef9a6b", "#c33a26"])
+
+
+def plot(name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
+    """SVG of a figure; `name` keeps its identifiers apart from those of the page's other figures."""
+    with rc_context({**_RC, "svg.hashsalt": name}):
+        figure = Figure(figsize=size)
+        draw(figure)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", bbox_inches="tight", pad_inches=0.03, metadata={"Date": None})
+    return _for_page(stream.getvalue())
+
+
+def _for_page(svg: str) -> str:
+    """Without prologue, group names and size; colours by name."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
+    svg = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    for stand_in, name in _COLOURS.items():
+        svg = svg.replace(stand_in, f"var(--{name})")
+    return svg
+
+
+def map_figure(
+    name: str,
+    each: Map,
+    label: str,
+    *,
+    zero: bool = False,
+    limits: tuple[float, float] | None = None,
+    colours: str = "viridis",
+    extra: Callable[[Axes], None] | None = None,
+) -> str:
+    """A map over the mosaic with a colour bar.
+
+    Parameters
+    ----------
+    name : str
+        See `plot`.
+    each : Map
+    label : str
+        Of the colour bar.
+    zero : bool
+        The quantity is as good below zero as above; its colours are symmetric.
+    limits : tuple of float, optional
+        Of the colours; the 1st and 99th percentile if left out.
+    colours : str
+        A colour map of matplotlib, if not `zero`.
+    extra : callable
+        Draws on the axes, which are in mosaic pixels.
+    """
+    rows, columns = each.values.shape
+    width, height = columns * each.width, rows * each.height
+    low, high = limits or _limits(each.values, zero)
+    colour_map: Colormap | str = DIVERGING if zero else colours
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        image = axes.imshow(
+            each.values,
+            cmap=colour_map,
+            vmin=low,
+            vmax=high,
+            origin="lower",
+            extent=(-0.5, width - 0.5, -0.5, height - 0.5),
+            interpolation="none",
+        )
+        if extra:
+            extra(axes)
+        _map_axes(axes)
+        bar = figure.colorbar(image, ax=axes, orientation="horizontal", aspect=40, pad=0.13, shrink=0.9)
+        bar.set_label(label, size=_TEXT)
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.ax.tick_params(length=2, labelsize=_TEXT - 0.5)
+        bar.locator = MaxNLocator(6)
+        bar.update_ticks()
+
+    return plot(name, (_WIDTH, min(5.2, _WIDTH * height / width + 0.9)), draw)
+
+
+def mark_seams(seams: Sequence[Seam]) -> Callable[[Axes], None]:
+    """Draws the numbers of the worst seams on a map."""
+
+    def draw(axes: Axes) -> None:
+        for number, seam in enumerate(seams, start=1):
+            axes.plot(seam.x, seam.y, "o", ms=10, mfc="#000000a0", mec="#ffffff", mew=0.8)
+            axes.text(seam.x, seam.y, str(number), color="#ffffff", ha="center", va="center_baseline", size=_TEXT - 1.5)
+
+    return draw
+
+
+def mark_defects(trails: Sequence[Trail], holes: Sequence[Hole]) -> Callable[[Axes], None]:
+    """Draws trails and holes on a map."""
+
+    def draw(axes: Axes) -> None:
+        for trail in trails:
+            axes.plot([trail.x0, trail.x1], [trail.y0, trail.y1], color="#ff5d5d", lw=1.4)
+        for hole in holes:
+            axes.plot(hole.x, hole.y, "o", ms=7, mfc="none", mec="#ff5d5d", mew=1.1)
+
+    return draw
+
+
+def vector_figure(
+    name: str, vectors: NDArray[np.float64], lots: NDArray[np.int64], shape: tuple[int, int], scale: float, say: Say
+) -> str:
+    """Arrows of the median residual of every frame (or of catalogue stars), at most `_MOST_ARROWS` of them.
+
+    Parameters
+    ----------
+    name : str
+        See `plot`.
+    vectors : ndarray
+        ``(n, 4)`` x, y, dx, dy, mosaic pixels.
+    lots : ndarray
+        ``(n,)`` that give the colours.
+    shape : tuple of int
+        ``(ny, nx)`` of the mosaic.
+    scale : float
+        arcsec per pixel.
+    say : callable
+        Texts of the page.
+    """
+    there = np.flatnonzero(np.isfinite(vectors).all(axis=1))
+    there = there[:: max(1, -(-len(there) // _MOST_ARROWS))]
+    x, y, dx, dy = vectors[there].T
+    typical = float(np.percentile(np.hypot(dx, dy), 90)) if len(there) else 0.1
+    key = _round_number(max(typical, 1e-3))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        axes.set(xlim=(-0.5, shape[1] - 0.5), ylim=(-0.5, shape[0] - 0.5), aspect="equal")
+        _map_axes(axes)
+        arrows = axes.quiver(
+            x,
+            y,
+            dx,
+            dy,
+            color=[LOT_COLOURS[i % len(LOT_COLOURS)] for i in lots[there]],
+            angles="xy",
+            scale=typical / 0.09,
+            scale_units="width",
+            width=0.004,
+        )
+        text = say("plot_arrow", px=key) + (f" = {key * scale:.2g}″" if np.isfinite(scale) else "")
+        axes.quiverkey(arrows, 0.06, 1.05, key, text, labelpos="E", color=INK, labelcolor=INK)
+
+    return plot(name, (_WIDTH, min(5.2, _WIDTH * shape[0] / shape[1] + 0.5)), draw)
+
+
+def offsets_figure(name: str, lots: Sequence[LotLine], axis: str, limits: tuple[float, float], label: str) -> str:
+    """How far every lot is off, with errors, between the thresholds; `axis` is "gain" or "sky" of the lots' lines.
+
+    `limits` are warning and fault in the unit of the lines.
+    """
+    place = np.array([line.lot + 1 for line in lots], float)
+    value = np.array([getattr(line, axis) for line in lots])
+    error = np.array([getattr(line, f"{axis}_error") for line in lots])
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for limit, colour in zip(limits, (AMBER, RED), strict=True):
+            for side in (-limit, limit):
+                axes.axhline(side, color=colour, lw=0.8, ls="--")
+        axes.axhline(0, color=LINE, lw=0.7)
+        axes.errorbar(place, value, np.nan_to_num(error), fmt="o", ms=3.5, lw=1, color=BLUE)
+        _plain_axes(axes)
+        reach = max(1.3 * limits[0], 1.15 * float(np.nanmax(np.abs(value) + np.nan_to_num(error), initial=0)))
+        axes.set(ylim=(-reach, reach), xlim=(place.min() - 0.7, place.max() + 0.7), ylabel=label[0].upper() + label[1:])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+
+    return plot(name, (_WIDTH, 1.7), draw)
+
+
+def footprint_figure(lots: Sequence[LotLine], story: Story, say: Say) -> str:
+    """Outlines of the lots on the sky, in degrees from the middle of the mosaic, and where north and east are."""
+    ny, nx = story.shape
+    degrees = story.scale / 3600
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for line in lots:
+            colour = LOT_COLOURS[line.lot % len(LOT_COLOURS)]
+            points = (line.outline - [(nx - 1) / 2, (ny - 1) / 2]) * degrees
+            axes.add_patch(Polygon(points, closed=True, fc=colour, ec="none", alpha=0.14))
+            axes.add_patch(Polygon(points, closed=True, fc="none", ec=colour, lw=1.1))
+        # Lots that lie on one another would write their numbers there too: side by side instead.
+        for (x, y), numbers in _gathered(lots[:_MOST_LABELS], 0.06 * nx).items():
+            shown = ", ".join(map(str, numbers[:8])) + (" …" if len(numbers) > 8 else "")
+            place = (x - (nx - 1) / 2) * degrees, (y - (ny - 1) / 2) * degrees
+            axes.text(*place, shown, ha="center", va="center", size=_TEXT, weight="bold")
+        axes.autoscale_view()
+        axes.set_aspect("equal")
+        axes.margins(0.02)
+        _plain_axes(axes, "both")
+        axes.set(xlabel=say("plot_degrees_x"), ylabel=say("plot_degrees_y"))
+        _compass(axes, story, say)
+
+    return plot("footprint", (_WIDTH, min(5.2, _WIDTH * ny / nx + 0.5)), draw)
+
+
+def _gathered(lots: Sequence[LotLine], reach: float) -> dict[tuple[float, float], list[int]]:
+    """Numbers of the lots whose middles lie within `reach` of each other, by place."""
+    found: dict[tuple[float, float], list[int]] = {}
+    for line in lots:
+        x, y = (float(v) for v in line.outline.mean(axis=0))
+        near = next((place for place in found if np.hypot(place[0] - x, place[1] - y) < reach), (x, y))
+        found.setdefault(near, []).append(line.lot + 1)
+    return found
+
+
+def _compass(axes: Axes, story: Story, say: Say) -> None:
+    """Arrows to north and east in the upper right corner."""
+    angle = np.deg2rad(story.north)
+    north = np.array([-np.sin(angle), np.cos(angle)])
+    east = np.array([-north[1], north[0]]) * (-1 if story.mirrored else 1)
+    for direction, name in ((north, say("plot_north")), (east, say("plot_east"))):
+        tip = 16 * direction
+        axes.annotate(
+            name,
+            (0.93, 0.86),
+            xytext=tuple(tip),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            size=_TEXT,
+            arrowprops={"arrowstyle": "<-", "color": INK, "lw": 0.9, "shrinkA": 5, "shrinkB": 0},
+        )
+
+
+def frames_figure(records: Sequence[FrameRecord], say: Say) -> str:
+    """FWHM, sky and gain of all measured frames over time, with their histograms; "" if none was measured."""
+    measured = [r for r in records if np.isfinite(r.fwhm) or np.isfinite(r.sky)]
+    if not measured:
+        return ""
+    when, nights = _time_axis(measured)
+    rows = {
+        "plot_fwhm": [r.fwhm for r in measured],
+        "plot_sky": [r.sky for r in measured],
+        "plot_gain": [float(np.mean(r.gain)) if r.gain else np.nan for r in measured],
+    }
+    colours = {"used": BLUE, "partial": AMBER, "rejected": RED}
+    status = np.array([r.status for r in measured])
+
+    def draw(figure: Figure) -> None:
+        grid = figure.add_gridspec(len(rows), 2, width_ratios=(4, 1), wspace=0.05, hspace=0.12)
+        for i, (key, values) in enumerate(rows.items()):
+            axes = figure.add_subplot(grid[i, 0])
+            side = figure.add_subplot(grid[i, 1], sharey=axes)
+            value = np.array(values, float)
+            for name, colour in colours.items():
+                some = (status == name) & np.isfinite(value)
+                marker = "x" if name == "rejected" else "o"
+                many = len(measured) > _MOST_MARKERS
+                axes.plot(when[some], value[some], marker, ms=2.6, color=colour, mew=0.8, ls="", rasterized=many)
+            known = value[np.isfinite(value)]
+            if len(known):
+                side.hist(known, bins=min(40, 5 + int(np.sqrt(len(known)))), orientation="horizontal", color=BLUE)
+            for edge in nights:
+                axes.axvline(edge, color=LINE, lw=0.7)
+            _plain_axes(axes)
+            axes.set_ylabel(say(key))
+            axes.tick_params(labelbottom=i == len(rows) - 1)
+            side.axis("off")
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+        if when.dtype.kind == "f":
+            locator = AutoDateLocator(maxticks=6)
+            axes.xaxis.set_major_locator(locator)
+            axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+        else:
+            axes.set_xlabel(say("plot_number"))
+
+    return plot("frames", (_WIDTH * 1.35, 4.2), draw)
+
+
+def _time_axis(records: Sequence[FrameRecord]) -> tuple[NDArray[Any], list[float]]:
+    """Place of every frame: its date, if all lie within a day, else its number in order of time; where nights begin."""
+    times = [_moment(r.date_obs) for r in records]
+    known = np.array([t for t in times if t is not None])
+    if len(known) == len(times) and np.ptp(known) < 0.75:
+        return known, []
+    order = np.array([np.inf if t is None else t for t in times])
+    place = np.empty(len(records), np.int64)
+    place[np.argsort(order, kind="stable")] = np.arange(1, len(records) + 1)
+    sorted_times = np.sort(order)
+    gaps = np.flatnonzero(np.diff(sorted_times[np.isfinite(sorted_times)]) > 0.3)
+    return place, [float(g) + 1.5 for g in gaps]
+
+
+def _moment(date: str) -> float | None:
+    """A FITS date as days of matplotlib."""
+    try:
+        # Python 3.10 reads fractions of 3 or 6 digits only, and no Z.
+        whole, _, fraction = date.strip().rstrip("Z").partition(".")
+        moment = datetime.fromisoformat(f"{whole}.{fraction:0<6.6}" if fraction else whole)
+    except ValueError:
+        return None
+    return float(date2num(moment.replace(tzinfo=timezone.utc)))
+
+
+def waterfall_figure(phases: Sequence[Phase], titles: Sequence[str], say: Say) -> str:
+    """When each phase ran, and for how long."""
+    total = sum(phase.seconds for phase in phases) or 1.0
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        place = np.arange(len(phases))
+        starts, lengths = [p.start for p in phases], [p.seconds for p in phases]
+        axes.barh(place, lengths, left=starts, color=BLUE, height=0.62)
+        end = phases[-1].start + phases[-1].seconds
+        for i, (phase, title) in enumerate(zip(phases, titles, strict=True)):
+            share = f"{phase.seconds:.1f} s · {phase.seconds / total:.0%}"
+            left = phase.start + phase.seconds / 2 > end / 2
+            x = phase.start if left else phase.start + phase.seconds
+            axes.annotate(
+                f"{title}  {share}",
+                (x, i),
+                xytext=(-4 if left else 4, 0),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                va="center",
+            )
+        axes.set(ylim=(len(phases) - 0.4, -0.6), yticks=[], xlabel=say("plot_seconds"))
+        _plain_axes(axes, "x")
+        axes.spines["left"].set_visible(False)
+
+    return plot("time", (_WIDTH * 1.35, 0.27 * len(phases) + 0.6), draw)
+
+
+def _map_axes(axes: Axes) -> None:
+    axes.tick_params(length=2, labelsize=_TEXT - 1)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+
+
+def _plain_axes(axes: Axes, grid: str = "y") -> None:
+    axes.grid(axis=grid, color=LINE, lw=0.5)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _limits(values: NDArray[np.float32], zero: bool) -> tuple[float, float]:
+    low, high = (float(v) for v in np.nanpercentile(values, (1, 99)))
+    if zero:
+        high = max(abs(low), abs(high)) or 1.0
+        return -high, high
+    return low, high if high > low else low + 1.0
+
+
+def _round_number(value: float) -> float:
+    """1, 2 or 5 times a power of ten that is nearest below."""
+    power = 10 ** np.floor(np.log10(value))
+    return float(next((step for step in (5, 2, 1) if step * power <= value), 1) * power)

@@ -1,0 +1,145 @@
+"""Sky levels: does every lot show the same sky, and does the mosaic show what its frames show?
+
+The frames' own sky, sampled at nodes that they share and adjusted as it was stacked, is compared between lots
+(`zemosaic.report.lots`). The residual map is the mosaic's sky less the mean of its frames', plus the mean offset of the
+lots behind a node: what one would have to take off to make the large-scale level right, as far as overlaps can tell.
+A level or tilt that all frames have in common cannot be seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from zemosaic.levels import sample_sky
+from zemosaic.report.evidence import Evidence, Floats, Ints
+from zemosaic.report.lots import Offsets, average, combined, lot_offsets, shares, stacked_offsets
+from zemosaic.report.surface import MAX_MAP, Surface, nan_median
+from zemosaic.stars import block_medians, colour_planes
+from zemosaic.tiles import FloatImage
+
+_ALIKE = 4.0  # neighbouring nodes share blocks, stars and the edges of frames: 16 of them count as one
+
+
+@dataclass(frozen=True)
+class LevelFigures:
+    """The sky's level over the field; L lots, C channels.
+
+    Parameters
+    ----------
+    lots : Offsets
+        ``(L, C)`` ADU, sky of every lot against the others, with what stacking did to it.
+    rms : ndarray
+        ``(C,)`` ADU, scatter of the residual map, wild values left out; NaN without frames.
+    residual : ndarray
+        ``(gy, gx)`` float32, ADU, residual map (green or grey); NaN where unknown.
+    residual_px : float
+        Side of its cells, mosaic pixels.
+    sky : ndarray
+        ``(ry, rx)`` float32, ADU, the mosaic's sky in regions (green or grey), less a plane: nebula and gradients.
+    gradient : float
+        ADU, rise of that plane over the mosaic's diagonal.
+    """
+
+    lots: Offsets
+    rms: Floats
+    residual: FloatImage
+    residual_px: float
+    sky: FloatImage
+    gradient: float
+
+
+def measure_levels(evidence: Evidence, surface: Surface) -> LevelFigures:
+    """Offsets between lots, and the two maps."""
+    channels = evidence.channels
+    sky, gradient = _large_scale(surface)
+    offsets = Offsets.unknown(evidence.lots, channels)
+    rms, residual, px = np.full(channels, np.nan), np.full((1, 1), np.nan, np.float32), float(max(evidence.shape))
+    if evidence.sky is not None and evidence.frames is not None and len(evidence.sky.node):
+        offsets = _lot_skies(evidence)
+        x, y, stacking, shift = _node_residuals(evidence, np.nan_to_num(offsets.value))
+        difference = stacking + shift
+        known = np.isfinite(difference).all(axis=1)
+        offsets = combined(offsets, _lot_stacking(evidence, stacking))
+        if known.any():
+            rms = np.array([_rms(d) for d in difference[known].T])
+            residual, px = _grid(evidence, x[known], y[known], difference[known, channels // 2])
+    return LevelFigures(offsets, rms, residual, px, sky, gradient)
+
+
+def _lot_skies(evidence: Evidence) -> Offsets:
+    frames, sky = evidence.frames, evidence.sky
+    assert frames is not None and sky is not None
+    sigma = np.maximum(sky.error, 1e-9)[sky.frame]
+    node, lot, mean, total = average(sky.node, frames.lot[sky.frame], sky.value, 1 / sigma**2)
+    return lot_offsets(node, lot, mean, 1 / np.sqrt(total), evidence.lots, float(np.abs(np.median(sky.value))) + 1.0)
+
+
+def _lot_stacking(evidence: Evidence, residual: Floats) -> Offsets:
+    """What stacking did to the sky of the lots, ADU; `residual` is mosaic less frames at the nodes."""
+    frames, sky = evidence.frames, evidence.sky
+    assert frames is not None and sky is not None
+    share = shares(sky.node, frames.lot[sky.frame], frames.weight[sky.frame].mean(axis=1), evidence.lots)
+    return stacked_offsets(share, residual, _ALIKE)
+
+
+def _node_residuals(evidence: Evidence, offset: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    """x, y ``(n,)`` of the nodes, mosaic less frames (the median is 0), and mean offset of the lots, ``(n, C)`` ADU."""
+    frames, sky = evidence.frames, evidence.sky
+    assert frames is not None and sky is not None
+    weight = frames.weight[sky.frame]
+    lot = offset[frames.lot[sky.frame]]
+    same = np.zeros_like(sky.node)
+    _, _, level, _ = average(sky.node, same, sky.value, weight)
+    _, _, shift, _ = average(sky.node, same, lot, weight)
+    first = np.unique(sky.node, return_index=True)[1]
+    x, y = sky.x[first], sky.y[first]
+    # Medians of boxes as large as those of the frames, stars and all: what stars add to one, they add to the other.
+    blocks = block_medians(colour_planes(evidence.image, None), sky.block_px // 2)
+    own = sample_sky(blocks, sky.block_px // 2 * 2, (x, y), np.arange(len(x)), x, y)
+    mosaic = np.full_like(level, np.nan)
+    mosaic[own.node] = own.value
+    difference = mosaic - level
+    return x, y, difference - np.nan_to_num(nan_median(difference.T)), shift
+
+
+def _rms(value: Floats) -> float:
+    """Root mean square without the wildest fiftieth (nodes on bright stars)."""
+    size = np.abs(value)
+    return float(np.sqrt(np.square(size[size <= np.percentile(size, 98)]).mean()))
+
+
+def _grid(evidence: Evidence, x: Floats, y: Floats, value: Floats) -> tuple[FloatImage, float]:
+    """Means of scattered values on a map of square cells, and their side, px."""
+    longest = max(evidence.shape)
+    # About one node to a cell where every node is known.
+    size = max(longest / MAX_MAP, float(np.sqrt(evidence.shape[0] * evidence.shape[1] / max(len(x), 1))))
+    rows, columns = (max(1, int(np.ceil(n / size))) for n in evidence.shape)
+    i, j = (np.clip((p / size).astype(np.int64), 0, n - 1) for p, n in ((y, rows), (x, columns)))
+    cell: Ints = i * columns + j
+    count = np.bincount(cell, minlength=rows * columns)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = np.bincount(cell, value, rows * columns) / count
+    return means.reshape(rows, columns).astype(np.float32), size
+
+
+def _large_scale(surface: Surface) -> tuple[FloatImage, float]:
+    """Median sky of the regions less a robust plane (middle channel), and what the plane rises over the diagonal."""
+    middle = surface.channels // 2
+    sky = nan_median(surface.regions(surface.sky[..., middle]), 0.2)
+    ry, rx = sky.shape
+    v, u = np.mgrid[0:ry, 0:rx].astype(float)
+    design = np.stack([np.ones(sky.size), u.ravel() - rx / 2, v.ravel() - ry / 2], axis=1)
+    values = sky.ravel()
+    use = np.isfinite(values)
+    plane = np.zeros(3)
+    for _ in range(5):  # nebulae are clipped: the plane shall follow the sky
+        if use.sum() < 3:
+            break
+        plane = np.linalg.lstsq(design[use], values[use], rcond=None)[0]
+        residual = values - design @ plane
+        spread = 1.4826 * np.median(np.abs(residual[use]))
+        use = np.isfinite(values) & (np.abs(residual) <= 3 * spread + 1e-9)
+    flat = (values - design @ plane).reshape(ry, rx)
+    return flat.astype(np.float32), float(np.hypot(plane[1] * rx, plane[2] * ry))

@@ -1,0 +1,220 @@
+"""Photometry: do lots, and the mosaic itself, agree about the brightness of the stars?
+
+A star's magnitude in the mosaic is wrong by three things, which are measured without any catalogue:
+
+* the noise of the frames' mean: two halves of the frames (every other one that saw the star) are compared, and half
+  the scatter of their difference is the error of the mean of both;
+* the lots' zero points: `zemosaic.report.lots`;
+* what stacking did to the star: the mosaic's flux against the mean of the frames' fluxes.
+
+The last two, added up star by star, are the map of the zero point over the field.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zemosaic.report.astrometry import match_catalogue
+from zemosaic.report.evidence import Evidence, Floats, Ints
+from zemosaic.report.lots import Matched, Offsets, average, combined, lot_offsets, shares, stacked_offsets
+from zemosaic.report.surface import MosaicStars, nan_median
+from zemosaic.tiles import FloatImage
+
+GRID = 6  # cells of the zero-point map along each side, as in the project's scorer
+MMAG = 1000.0
+_BRIGHT = 60.0  # signal to noise in one frame, all channels together, from which a star tells millimagnitudes
+_FAINT = 10.0  # signal to noise that still helps to tie lots together
+_LEAST = 30  # stars that repeatability is measured with, if there are as many
+_FLOOR = 0.01  # mag, of a single measurement: sampling, flat field, seeing
+_CELL_STARS = 3  # stars from which a cell of the map is more than chance
+_MOST = 0.5  # mag, as far as a lot may be off
+
+
+@dataclass(frozen=True)
+class PhotometryFigures:
+    """How well magnitudes are known; C channels.
+
+    Parameters
+    ----------
+    stars : int
+        Bright stars that several frames saw.
+    shared : int
+        Those of them that several lots saw.
+    repeat_median, repeat_p95 : ndarray
+        ``(C,)`` mmag, scatter of a star's magnitude between lots: median and 95th percentile over stars.
+    scatter : ndarray
+        ``(C,)`` mmag, expected 1-sigma error of a bright star's magnitude in the mosaic, the zero point set by all.
+    uniformity : ndarray
+        ``(C,)`` mmag, expected rms of the median error in the cells of a `GRID` x `GRID` map.
+    lots : Offsets
+        ``(L, 1 + C)`` mmag, magnitude of every lot against the others, first of all colours together, then of each;
+        ``(L, 1)`` for one colour. Positive = fainter. With what stacking did to it.
+    map : ndarray
+        ``(GRID, GRID)`` float32, mmag, error of the zero point (green or grey); row 0 at y = 0; NaN where unknown.
+    catalogue : float
+        mmag, robust scatter against the catalogue; NaN without one.
+    """
+
+    stars: int
+    shared: int
+    repeat_median: Floats
+    repeat_p95: Floats
+    scatter: Floats
+    uniformity: Floats
+    lots: Offsets
+    map: FloatImage
+    catalogue: float
+
+
+def measure_photometry(evidence: Evidence, mosaic: MosaicStars, matched: Matched | None) -> PhotometryFigures:
+    """Everything that stars tell of the gains."""
+    channels, lots = evidence.channels, evidence.lots
+    catalogue = _against_catalogue(evidence, mosaic)
+    if matched is None:
+        nothing, blank = np.full(channels, np.nan), np.full((GRID, GRID), np.nan, np.float32)
+        unknown = Offsets.unknown(lots, 1 + channels if channels > 1 else 1)
+        return PhotometryFigures(0, 0, nothing, nothing, nothing, nothing, unknown, blank, catalogue)
+    sound = matched.clean & (matched.flux > 0).all(axis=1)
+    usable = matched.take(np.flatnonzero(sound & (matched.signal > _FAINT)))
+    offsets = _lot_magnitudes(usable, lots)
+    bright = _bright(usable)
+    pairs = average(bright.star, bright.lot, _magnitude(bright.flux), bright.weight)
+    median, p95, shared = _repeatability(pairs[0], pairs[2])
+    noise = _half_differences(bright)
+    fine, error = _stacking(mosaic, bright)
+    lot = (_shrunk(offsets)[:, -channels:] / MMAG)[bright.lot]
+    error = (error + average(bright.star, np.zeros_like(bright.star), lot, bright.weight)[2])[fine]
+    star = np.unique(bright.star)[fine]
+    maps, chance = _maps(evidence.shape, mosaic.points[star], error)
+    spread = np.array([_robust_sigma(error[:, c]) for c in range(channels)])
+    wander = np.array([np.nanstd(m) if np.isfinite(m).any() else np.nan for m in np.moveaxis(maps, 2, 0)])
+    return PhotometryFigures(
+        stars=len(star),
+        shared=shared,
+        repeat_median=MMAG * median,
+        repeat_p95=MMAG * p95,
+        scatter=MMAG * np.hypot(noise, spread),
+        uniformity=MMAG * np.hypot(wander, chance * noise),
+        lots=combined(offsets, _lot_stacking(mosaic, usable, lots)),
+        map=(MMAG * maps[..., channels // 2]).astype(np.float32),
+        catalogue=catalogue,
+    )
+
+
+def _magnitude(flux: Floats) -> Floats:
+    return -2.5 * np.log10(np.maximum(flux, 1e-9))
+
+
+def _lot_magnitudes(usable: Matched, lots: int) -> Offsets:
+    sigma = np.hypot(1.0857 * usable.error / usable.flux, _FLOOR)
+    magnitude = _magnitude(usable.flux)
+    if magnitude.shape[1] > 1:
+        # The same weights for all stars, lest their colours look like differences between lots.
+        share = 1 / np.median(sigma, axis=0) ** 2 if len(usable) else np.ones(magnitude.shape[1])
+        share /= share.sum()
+        magnitude = np.c_[magnitude @ share, magnitude]
+        sigma = np.c_[np.sqrt((sigma * share) ** 2 @ np.ones(len(share))), sigma]
+    weight = 1 / (MMAG * sigma) ** 2
+    star, lot, mean, total = average(usable.star, usable.lot, MMAG * magnitude, weight)
+    return lot_offsets(star, lot, mean, 1 / np.sqrt(total), lots, MMAG * _MOST)
+
+
+def _shrunk(offsets: Offsets) -> Floats:
+    """The offsets, drawn to 0 as far as they may be chance."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = np.maximum(0, 1 - np.square(offsets.error / offsets.value))
+    return np.nan_to_num(offsets.value * share)
+
+
+def _bright(usable: Matched) -> Matched:
+    """Detections of stars that are bright in their typical frame."""
+    _, at = np.unique(usable.star, return_inverse=True)
+    count = np.bincount(at)
+    signal = np.bincount(at, usable.signal) / np.maximum(count, 1)
+    several = count >= 2
+    ranked = np.sort(signal[several])[::-1]
+    limit = min(_BRIGHT, ranked[min(_LEAST, len(ranked)) - 1]) if len(ranked) else _BRIGHT
+    return usable.take(np.flatnonzero((several & (signal >= limit))[at]))
+
+
+def _repeatability(star: Ints, magnitude: Floats) -> tuple[Floats, Floats, int]:
+    """Median and 95th percentile ``(C,)`` of the stars' scatter between lots, and how many stars several lots saw."""
+    _, at = np.unique(star, return_inverse=True)
+    count = np.bincount(at)
+    channels = magnitude.shape[1]
+    if not (count > 1).any():
+        return np.full(channels, np.nan), np.full(channels, np.nan), 0
+    mean = np.stack([np.bincount(at, m) / count for m in magnitude.T], axis=1)
+    square = np.stack([np.bincount(at, d**2) for d in (magnitude - mean[at]).T], axis=1)
+    scatter = np.sqrt(square[count > 1] / (count[count > 1] - 1)[:, None])
+    return np.median(scatter, axis=0), np.percentile(scatter, 95, axis=0), int((count > 1).sum())
+
+
+def _half_differences(bright: Matched) -> Floats:
+    """Error ``(C,)`` mag of the mean of all frames: half the robust scatter between two halves of them."""
+    order = np.lexsort((bright.frame, bright.star))
+    star = bright.star[order]
+    first = np.r_[0, np.flatnonzero(np.diff(star)) + 1]
+    rank = np.arange(len(star)) - np.repeat(first, np.diff(np.r_[first, len(star)]))
+    star, _, flux, _ = average(star, rank % 2, bright.flux[order], bright.weight[order])
+    pair = np.flatnonzero(np.diff(star) == 0)
+    difference = _magnitude(flux[pair]) - _magnitude(flux[pair + 1])
+    return np.array([_robust_sigma(d) / 2 for d in difference.T])
+
+
+def _stacking(mosaic: MosaicStars, seen: Matched) -> tuple[NDArray[np.bool_], Floats]:
+    """What stacking did to the stars ``(n, C)``, mag, the median 0; and which of them the mosaic shows well.
+
+    In order of the stars' numbers, as `average` has them.
+    """
+    star, _, flux, _ = average(seen.star, np.zeros_like(seen.star), seen.flux, seen.weight)
+    own = mosaic.stars.flux[star]
+    fine = mosaic.stars.clean[star] & (own > 0).all(axis=1)
+    error = _magnitude(own) - _magnitude(flux)
+    return fine, error - (np.median(error[fine], axis=0) if fine.any() else 0)
+
+
+def _lot_stacking(mosaic: MosaicStars, usable: Matched, lots: int) -> Offsets:
+    """What stacking did to the lots, mmag, columns as in `_lot_magnitudes`."""
+    fine, error = _stacking(mosaic, usable)
+    share = shares(usable.star, usable.lot, usable.weight.mean(axis=1), lots)[fine]
+    error = MMAG * error[fine]
+    return stacked_offsets(share, np.c_[error.mean(axis=1), error] if error.shape[1] > 1 else error)
+
+
+def _maps(shape: tuple[int, int], points: Floats, value: Floats) -> tuple[Floats, float]:
+    """Medians ``(GRID, GRID, C)`` of cells with `_CELL_STARS` stars, and how much of a star's noise is left in them."""
+    ny, nx = shape
+    cell = _grid_cell(points[:, 1], ny) * GRID + _grid_cell(points[:, 0], nx)
+    count = np.bincount(cell, minlength=GRID * GRID)
+    out = np.full((GRID * GRID, value.shape[1]), np.nan)
+    enough = np.flatnonzero(count >= _CELL_STARS)
+    for k in enough:
+        out[k] = np.median(value[cell == k], axis=0)
+    # A median scatters 1.25 times as much as a mean.
+    chance = 1.25 * float(np.sqrt((1 / count[enough]).mean())) if len(enough) else float("nan")
+    return out.reshape(GRID, GRID, -1), chance
+
+
+def _grid_cell(position: Floats, size: int) -> Ints:
+    return np.clip(position / size * GRID, 0, GRID - 1).astype(np.int64)
+
+
+def _against_catalogue(evidence: Evidence, mosaic: MosaicStars) -> float:
+    """Robust scatter of bright stars against catalogue magnitudes, mmag."""
+    star, reference, _ = match_catalogue(evidence, mosaic)
+    if evidence.catalogue is None or not len(star):
+        return float("nan")
+    flux = mosaic.stars.flux[star, evidence.channels // 2]
+    error = mosaic.stars.error[star, evidence.channels // 2]
+    difference = _magnitude(flux) - evidence.catalogue.mag[reference]
+    fine = mosaic.stars.clean[star] & (flux > _BRIGHT * error) & np.isfinite(difference)
+    return MMAG * _robust_sigma(difference[fine]) if fine.sum() >= _CELL_STARS else float("nan")
+
+
+def _robust_sigma(values: NDArray) -> float:
+    """Scaled median absolute deviation; NaN for nothing."""
+    return float(1.4826 * nan_median(np.abs(values - np.median(values)))) if len(values) else float("nan")

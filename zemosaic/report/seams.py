@@ -1,0 +1,338 @@
+"""Seams: is there a step of the sky where frames, lots or coverage begin and end?
+
+Across a border the sky may change because the sky does. So the step at the border is compared with the steps across
+lines parallel to it, a little away, where nothing begins or ends:
+
+    excess = D(0) - median(D(±2), D(±3)),   D(k) = sky(24 k + r) - sky(24 k - r),   r = 8 px and 16 px
+
+each the median along a piece of border and over both r, inside minus outside. The same statistic about the lines
+k = ±2 instead of the border tells how large it gets by noise and nebula alone; its percentiles (their upper bounds,
+as few borders tell them only roughly) are taken off in quadrature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zemosaic.report.evidence import Evidence, Floats, Ints
+from zemosaic.report.surface import CELL, Surface, nan_median
+from zemosaic.tiles import FloatImage, Window
+
+REACH = (8.0, 16.0)  # px from a line at which the sky on either side is read: a cell's width clear of it
+SPACING = 24.0  # px between parallel lines
+BLOCK_CELLS = 3  # cells along the side of a block of `block_steps`: 24 px
+_BLOCK_SHARE = 0.4  # of a block that must be free of sources
+_LINES = np.arange(-4, 5)
+_CONTROLS = (-3, -2, 2, 3)
+_SAMPLES = 8  # points along a piece of border
+_MAX_PIECES = 20_000
+_BATCH = 4000  # pieces that are measured at a time, for the memory
+_MIN_STEP = 0.05  # share by which the coverage must change for a border to be seen in it
+_MARGIN = 3.0  # standard errors of a percentile that are put down to chance
+_WORST = 10
+_THUMBNAIL = 96  # px, side of a seam's picture
+
+
+@dataclass(frozen=True)
+class Borders:
+    """Pieces of border; m of them.
+
+    Parameters
+    ----------
+    x, y : ndarray
+        ``(m,)`` middle, mosaic pixels.
+    nx, ny : ndarray
+        ``(m,)`` unit normal that points inwards (to where more frames are).
+    length : ndarray
+        ``(m,)`` px.
+    frame : ndarray
+        ``(m,)`` whose border it is; -1 where only the coverage tells.
+    """
+
+    x: Floats
+    y: Floats
+    nx: Floats
+    ny: Floats
+    length: Floats
+    frame: Ints
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, which: NDArray) -> Borders:
+        """Some of the pieces."""
+        return Borders(*(getattr(self, name)[which] for name in ("x", "y", "nx", "ny", "length", "frame")))
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One of the worst seams.
+
+    Parameters
+    ----------
+    x, y : float
+        Middle, mosaic pixels.
+    angle : float
+        Direction of the border, degrees from the x axis, 0 … 180.
+    step : float
+        Excess step, in units of the local pixel noise; positive = brighter inside.
+    step_adu : float
+        The same, ADU.
+    channel : int
+        The colour where it is largest.
+    frame, lot : int
+        Whose border it is; -1 where unknown.
+    window : Window
+        What to show of the mosaic.
+    thumbnail : ndarray
+        Mean over channels there, float32.
+    """
+
+    x: float
+    y: float
+    angle: float
+    step: float
+    step_adu: float
+    channel: int
+    frame: int
+    lot: int
+    window: Window
+    thumbnail: FloatImage
+
+
+@dataclass(frozen=True)
+class SeamFigures:
+    """What was found at the borders; percentiles per channel, ``(C,)``, of the size of the steps.
+
+    Parameters
+    ----------
+    pieces : int
+        Pieces of border that could be measured.
+    p50, p95, max : ndarray
+        In units of the local pixel noise, noise and nebula taken off in quadrature.
+    p50_adu, p95_adu, max_adu : ndarray
+        ADU.
+    control_p95, control_max : ndarray
+        What noise and nebula alone give, in units of the pixel noise.
+    block_p99 : ndarray
+        ADU, see `block_steps`.
+    worst : tuple of Seam
+        The worst first, none near another.
+    map : ndarray
+        ``(ry, rx)`` float32, largest mean step of a region's borders, units of the pixel noise; NaN without border.
+    """
+
+    pieces: int
+    p50: Floats
+    p95: Floats
+    max: Floats
+    p50_adu: Floats
+    p95_adu: Floats
+    max_adu: Floats
+    control_p95: Floats
+    control_max: Floats
+    block_p99: Floats
+    worst: tuple[Seam, ...]
+    map: FloatImage
+
+
+def measure_seams(evidence: Evidence, surface: Surface) -> SeamFigures:
+    """Steps at all borders that are known, and between neighbouring blocks everywhere."""
+    borders = frame_borders(evidence) if evidence.frames is not None else coverage_borders(surface)
+    excess, control = border_steps(surface, borders)
+    noise = surface.noise_at(borders.x, borders.y)
+    beside = np.concatenate([noise, noise])
+    known = np.isfinite(control).all(axis=1) & (beside > 0).all(axis=1)
+    control, beside = control[known], beside[known]
+    good = np.flatnonzero(np.isfinite(excess).all(axis=1) & (noise > 0).all(axis=1))
+    borders, excess, noise = borders.take(good), excess[good], noise[good]
+    own, other = np.abs(excess) / noise, np.abs(control) / beside
+    # Pieces where the coverage changes lie cell by cell and overlap; those of an outline do not.
+    pieces = len(borders) if evidence.frames is not None else len(borders) / 8
+    floor = {q: _percentile(other, _bound(q, pieces)) for q in (50, 95, 100)}
+    floor_adu = {q: _percentile(np.abs(control), _bound(q, pieces)) for q in (50, 95, 100)}
+    p50, p95, top = (_beyond(_percentile(own, q), floor[q]) for q in (50, 95, 100))
+    p50_adu, p95_adu, top_adu = (_beyond(_percentile(np.abs(excess), q), floor_adu[q]) for q in (50, 95, 100))
+    return SeamFigures(
+        pieces=len(borders),
+        p50=p50,
+        p95=p95,
+        max=top,
+        p50_adu=p50_adu,
+        p95_adu=p95_adu,
+        max_adu=top_adu,
+        control_p95=floor[95],
+        control_max=floor[100],
+        block_p99=block_steps(surface),
+        worst=_worst(evidence, borders, excess, noise),
+        map=_map(surface, borders, excess / noise),
+    )
+
+
+def frame_borders(evidence: Evidence) -> Borders:
+    """The outlines of all frames, in pieces; every so many of them where the frames are very many."""
+    assert evidence.frames is not None
+    start = evidence.frames.outline
+    edge = np.roll(start, -1, axis=1) - start
+    length = np.hypot(edge[..., 0], edge[..., 1])
+    middle = start + edge / 2
+    normal = np.stack([-edge[..., 1], edge[..., 0]], axis=-1) / np.maximum(length, 1e-9)[..., None]
+    inwards = ((start.mean(axis=1, keepdims=True) - middle) * normal).sum(axis=-1)
+    normal *= np.sign(inwards)[..., None]
+    frame = np.broadcast_to(np.arange(len(start))[:, None], length.shape)
+    x, y = middle[..., 0].ravel(), middle[..., 1].ravel()
+    ny, nx = evidence.shape
+    inside = np.flatnonzero((x > 0) & (x < nx) & (y > 0) & (y < ny))
+    inside = inside[:: max(1, -(-len(inside) // _MAX_PIECES))]
+    every = Borders(
+        x, y, normal[..., 0].ravel(), normal[..., 1].ravel(), length.ravel(), frame.ravel().astype(np.int64)
+    )
+    return every.take(inside)
+
+
+def coverage_borders(surface: Surface) -> Borders:
+    """Where the coverage changes from cell to cell by half a frame and by `_MIN_STEP` at least."""
+    if surface.coverage is None or min(surface.coverage.shape) < 3:
+        nothing = np.zeros(0)
+        return Borders(nothing, nothing, nothing, nothing, nothing, np.zeros(0, np.int64))
+    coverage = np.where(surface.valid > 0.99, surface.coverage, np.nan).astype(float)
+    down, across = np.gradient(coverage)
+    change = np.hypot(down, across)
+    with np.errstate(invalid="ignore"):
+        found = (change > 0.25) & (change > _MIN_STEP / 2 * coverage)  # a gradient spans two cells
+    i, j = np.nonzero(found)
+    thin = slice(None, None, max(1, -(-len(i) // _MAX_PIECES)))
+    i, j = i[thin], j[thin]
+    normal: Floats = np.stack([across[i, j], down[i, j]]).astype(np.float64) / change[i, j]
+    middle = (CELL - 1) / 2
+    return Borders(
+        (j * CELL + middle).astype(np.float64),
+        (i * CELL + middle).astype(np.float64),
+        normal[0],
+        normal[1],
+        np.full(len(i), 8.0 * CELL),
+        np.full(len(i), -1, np.int64),
+    )
+
+
+def border_steps(surface: Surface, borders: Borders) -> tuple[Floats, Floats]:
+    """Excess step at every piece of border ``(m, C)`` and at its control lines ``(2 m, C)``, ADU, inside - outside."""
+    parts = [borders.take(np.arange(i, min(i + _BATCH, len(borders)))) for i in range(0, len(borders), _BATCH)]
+    none = np.zeros((0, len(_LINES), surface.channels), np.float32)
+    step = np.concatenate([none, *(_line_steps(surface, part) for part in parts)])
+    at = {int(k): i for i, k in enumerate(_LINES)}
+
+    def excess(line: int, controls: tuple[int, ...]) -> Floats:
+        return np.asarray(step[:, at[line]] - nan_median(step[:, [at[k] for k in controls]].swapaxes(1, 2), 0.4), float)
+
+    sides = [excess(2, (-3, -2, 4, 3)), excess(-2, (-4, -3, 2, 3))]
+    return excess(0, _CONTROLS), np.concatenate(sides)
+
+
+def _line_steps(surface: Surface, borders: Borders) -> NDArray:
+    """D(k) of the module's formula, ``(m, lines, C)``."""
+    along = (np.arange(_SAMPLES) + 0.5) / _SAMPLES - 0.5
+    side = np.array([-1.0, 1.0])[:, None, None] * np.array(REACH)[None, None, :] + (_LINES * SPACING)[None, :, None]
+    # (piece, side, line, reach, sample)
+    t = along * borders.length[:, None, None, None, None]
+    d = side[None, ..., None]
+    nx, ny = (n[:, None, None, None, None] for n in (borders.nx, borders.ny))
+    x = borders.x[:, None, None, None, None] + d * nx - t * ny
+    y = borders.y[:, None, None, None, None] + d * ny + t * nx
+    sky = surface.sky_at(x, y)
+    apart = (sky[:, 1] - sky[:, 0]).reshape(len(borders), len(_LINES), -1, surface.channels)
+    return nan_median(np.moveaxis(apart, 2, -1), 0.4)
+
+
+def block_steps(surface: Surface) -> Floats:
+    """99th percentile ``(C,)`` of the steps between neighbouring blocks of 24 px, ADU; the slope around taken off.
+
+    Finds steps wherever they are, without knowing any border; contains the noise of the blocks themselves. It is
+    ``step_p99_e`` of the project's scorer, with the neighbouring steps in place of the true sky.
+    """
+    k = BLOCK_CELLS
+    h, w = (size // k for size in surface.free.shape)
+    free = surface.free[: h * k, : w * k, None]
+    weight = np.where(np.isfinite(surface.sky[: h * k, : w * k]), free, np.float32(0))
+    light = np.nan_to_num(surface.sky[: h * k, : w * k]) * weight
+    light, weight = (a.reshape(h, k, w, k, a.shape[2]).sum(axis=(1, 3)) for a in (light, weight))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        blocks = np.where(weight > _BLOCK_SHARE * k * k, light / weight, np.nan)
+    return np.array([_percentile(_excess_steps(blocks[..., c]), 99) for c in range(surface.channels)])
+
+
+def _excess_steps(blocks: NDArray) -> NDArray:
+    """Size of the steps along both axes, less the median of those 2, 3 and 4 blocks before and behind."""
+    out = []
+    for step in (np.diff(blocks, axis=0), np.diff(blocks, axis=1).T):
+        if len(step) < 9:
+            continue
+        around = np.stack([np.roll(step, k, axis=0) for k in (-4, -3, -2, 2, 3, 4)], axis=-1)
+        out.append(np.abs(step - nan_median(around, 0.4))[4:-4].ravel())
+    return np.concatenate(out) if out else np.zeros(0)
+
+
+def _percentile(values: NDArray, q: float) -> NDArray:
+    """Percentile over the first axis, NaN left out; NaN if there is nothing."""
+    if values.ndim == 1:
+        values = values[np.isfinite(values)]
+    return np.percentile(values, q, axis=0) if len(values) else np.full(values.shape[1:], np.nan)
+
+
+def _bound(q: float, count: float) -> float:
+    """The percentile that `q` may be by chance where there are `count` values: binomial standard errors."""
+    return min(100.0, q + _MARGIN * float(np.sqrt(q * (100 - q) / max(count, 1.0))))
+
+
+def _beyond(value: NDArray, floor: NDArray) -> Floats:
+    """What of `value` is more than `floor`, both random and independent."""
+    return np.sqrt(np.maximum(np.square(value) - np.nan_to_num(np.square(floor)), 0))
+
+
+def _worst(evidence: Evidence, borders: Borders, excess: Floats, noise: Floats) -> tuple[Seam, ...]:
+    size = np.abs(excess) / noise
+    channel = size.argmax(axis=1) if len(size) else np.zeros(0, int)
+    order = np.argsort(-size.max(axis=1, initial=0), kind="stable")
+    taken: list[int] = []
+    for i in order:
+        if all(np.hypot(borders.x[i] - borders.x[j], borders.y[i] - borders.y[j]) > _THUMBNAIL for j in taken):
+            taken.append(int(i))
+        if len(taken) == _WORST:
+            break
+    seams = []
+    for i in taken:
+        c, half = int(channel[i]), _THUMBNAIL // 2
+        x, y = float(borders.x[i]), float(borders.y[i])
+        box = Window(int(y) - half, int(y) + half, int(x) - half, int(x) + half).intersect(
+            Window.of_shape(evidence.shape)
+        )
+        part = evidence.image[box.slices]
+        frame = int(borders.frame[i])
+        seams.append(
+            Seam(
+                x=x,
+                y=y,
+                angle=float(np.rad2deg(np.arctan2(borders.nx[i], -borders.ny[i])) % 180),
+                step=float(excess[i, c] / noise[i, c]),
+                step_adu=float(excess[i, c]),
+                channel=c,
+                frame=frame,
+                lot=int(evidence.frames.lot[frame]) if evidence.frames is not None and frame >= 0 else -1,
+                window=box,
+                thumbnail=part if part.ndim == 2 else part.mean(axis=2, dtype=np.float32),
+            )
+        )
+    return tuple(seams)
+
+
+def _map(surface: Surface, borders: Borders, steps: Floats) -> FloatImage:
+    """Mean size of the steps in every region, of the worst channel."""
+    ry, rx = surface.noise.shape[:2]
+    cell = (borders.y // surface.region).astype(int) * rx + (borders.x // surface.region).astype(int)
+    count = np.bincount(cell, minlength=ry * rx)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = [np.bincount(cell, np.abs(s), ry * rx) / count for s in steps.T]
+    return np.max(means, axis=0).reshape(ry, rx).astype(np.float32)

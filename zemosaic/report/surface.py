@@ -1,0 +1,288 @@
+"""The mosaic's sky and stars, measured once for all figures: star-free cell means, pixel noise, a list of stars.
+
+Most figures need the sky only at a coarse scale. So the picture is read once, its sources are masked, and what is left
+is averaged in cells of `CELL` pixels, in which noise that resampling has correlated is nearly independent again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import sep
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+from zemosaic.report.evidence import Evidence, Floats
+from zemosaic.stars import Aperture, Stars, colour_planes, detect, photometry, plane_noise
+from zemosaic.tiles import FloatImage
+
+CELL = 8  # px, side of a cell
+MAX_MAP = 256  # most regions along a side: every map is small enough for a page
+_HALVES = CELL // 2  # 2x2 bins to a cell
+_MIN_SHARE = 0.2  # of a cell that must be free of sources
+_MIN_WEIGHT = 0.15  # of the cells around a point, to say anything about the sky there
+_MESH = 32  # 2x2 bins, side of the background mesh
+_MASK_SIGMA = 4.0
+_OPENING = 31  # 2x2 bins: wider light is sky
+_HALO = ((1, 2), (10, 3), (100, 5), (1000, 10))  # from what multiple of the threshold, how many bins around go
+_MAX_STARS = 6000  # brightest sources that are measured
+_STEP = 4  # rows between those that the pixel noise is taken from
+
+
+@dataclass(frozen=True)
+class Surface:
+    """The coarse picture; C channels, h x w cells, ry x rx regions.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        ``(ny, nx)`` of the mosaic.
+    sky : ndarray
+        ``(h, w, C)`` float32, mean of the source-free pixels of every cell, ADU; NaN where too few are left.
+    free : ndarray
+        ``(h, w)`` float32, share of a cell's pixels that have data and no source.
+    valid : ndarray
+        ``(h, w)`` float32, share of a cell's pixels that have data.
+    coverage : ndarray or None
+        ``(h, w)`` float32, mean coverage where there are data.
+    region : int
+        Side of a region, px, a multiple of `CELL`.
+    noise : ndarray
+        ``(ry, rx, C)`` float32, noise of a pixel, ADU: as in `zemosaic.stars.plane_noise`.
+    luminance : ndarray
+        ``(ny // 2, nx // 2)`` float32, mean over channels of 2x2 pixels less the local background, in units of its
+        noise; NaN = no data.
+    luminance_noise : float
+        Typical value of that unit, ADU.
+    """
+
+    shape: tuple[int, int]
+    sky: FloatImage
+    free: FloatImage
+    valid: FloatImage
+    coverage: FloatImage | None
+    region: int
+    noise: FloatImage
+    luminance: FloatImage
+    luminance_noise: float
+
+    @property
+    def channels(self) -> int:
+        """1 or 3."""
+        return self.sky.shape[2]
+
+    @property
+    def typical_noise(self) -> Floats:
+        """``(C,)`` median noise of a pixel, ADU."""
+        return np.asarray(nan_median(self.noise.reshape(-1, self.channels).T), float)
+
+    def noise_at(self, x: Floats, y: Floats) -> Floats:
+        """``(..., C)`` noise of a pixel near positions, ADU."""
+        ry, rx = self.noise.shape[:2]
+        i = np.clip((np.asarray(y) // self.region).astype(int), 0, ry - 1)
+        j = np.clip((np.asarray(x) // self.region).astype(int), 0, rx - 1)
+        return self.noise[i, j].astype(float)
+
+    def sky_at(self, x: Floats, y: Floats) -> FloatImage:
+        """``(..., C)`` sky interpolated between the middles of cells; NaN where there is hardly any."""
+        return sample_cells(self.sky, self.free, x, y)
+
+    def regions(self, cells: FloatImage) -> FloatImage:
+        """Cells ``(h, w, ...)`` sorted by region: ``(ry, rx, cells of a region, ...)``, NaN where there are none."""
+        k = self.region // CELL
+        ry, rx = self.noise.shape[:2]
+        pad = [(0, ry * k - cells.shape[0]), (0, rx * k - cells.shape[1])] + [(0, 0)] * (cells.ndim - 2)
+        full = np.pad(cells, pad, constant_values=np.nan)
+        boxes = full.reshape(ry, k, rx, k, *cells.shape[2:]).swapaxes(1, 2)
+        return boxes.reshape(ry, rx, k * k, *cells.shape[2:])
+
+
+@dataclass(frozen=True)
+class MosaicStars:
+    """Stars of the mosaic, measured exactly as those of a frame.
+
+    Parameters
+    ----------
+    stars : Stars
+        Positions and fluxes, mosaic pixels and ADU.
+    fwhm, ellipticity, angle : ndarray
+        ``(n,)`` pixels; 0 … 1; radians.
+    typical_fwhm : float
+        As a frame's; NaN without stars.
+    """
+
+    stars: Stars
+    fwhm: Floats
+    ellipticity: Floats
+    angle: Floats
+    typical_fwhm: float
+
+    @property
+    def points(self) -> Floats:
+        """``(n, 2)`` x, y."""
+        return np.c_[self.stars.x, self.stars.y]
+
+
+def measure_surface(evidence: Evidence) -> Surface:
+    """Mask the sources, average what is left in cells, and measure the noise of the pixels."""
+    image = evidence.image
+    planes = [plane.data for plane in colour_planes(image, None)]
+    grey = np.asarray(np.mean(planes, axis=0), np.float32)
+    there = np.isfinite(grey)
+    level, scatter = _background(grey)
+    free = (there & ~_sources(grey, scatter)).astype(np.float32)
+    share = _cell_means(free)
+    valid = _cell_means(there.astype(np.float32))
+    sky = np.stack([_cell_means(np.where(free > 0, p, np.float32(0))) for p in planes], axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        sky = np.where(share[..., None] >= _MIN_SHARE, sky / share[..., None], np.float32(np.nan))
+    coverage = None
+    if evidence.coverage is not None:
+        ny, nx = (size // 2 * 2 for size in evidence.shape)
+        bins = cv2.resize(evidence.coverage[:ny, :nx], (nx // 2, ny // 2), interpolation=cv2.INTER_AREA)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            coverage = _cell_means(np.where(there, bins, 0).astype(np.float32)) / valid
+    region = 64 * max(1, math.ceil(max(evidence.shape) / (64 * MAX_MAP)))
+    noise = np.stack([_noise_map(c, region) for c in np.moveaxis(np.atleast_3d(image), 2, 0)], axis=-1)
+    unit = float(np.median(scatter[there][::97])) if there.any() else math.nan
+    luminance = (grey - level) / scatter
+    return Surface(evidence.shape, sky, share, valid, coverage, region, noise, luminance, unit)
+
+
+def measure_stars(image: FloatImage) -> MosaicStars:
+    """Find and measure the stars of a mosaic.
+
+    Parameters
+    ----------
+    image : ndarray
+        ``(H, W)`` or ``(H, W, 3)`` float32; NaN = no data.
+    """
+    planes = colour_planes(image, None)
+    luminance = np.asarray(np.mean([p.data for p in planes], axis=0), np.float32)
+    found = detect(luminance, limit=_MAX_STARS)
+    width = 2 * found.typical_fwhm()
+    # The same rule as for the frames (`measure.choose_aperture`), so that fluxes can be compared.
+    radius = max(5.0, 2.3 * width) if np.isfinite(width) else Aperture().radius
+    noise = np.array([plane_noise(p.data) for p in planes])
+    stars = photometry(
+        planes,
+        found,
+        saturation=math.inf,
+        peak=luminance,
+        noise=noise,
+        aperture=Aperture(radius, 1.4 * radius, 2.0 * radius),
+    )
+    if not len(stars):
+        return MosaicStars(stars, np.zeros(0), np.zeros(0), np.zeros(0), width)
+    # `photometry` leaves out stars too near to the edge; the shapes are picked up by position.
+    row = cKDTree(np.c_[found.x, found.y]).query(np.c_[stars.x - 0.5, stars.y - 0.5] / 2)[1]
+    return MosaicStars(stars, 2 * found.fwhm[row], found.ellipticity[row], found.angle[row], width)
+
+
+def sample_cells(values: FloatImage, weight: FloatImage, x: Floats, y: Floats) -> FloatImage:
+    """Weighted bilinear interpolation of a map of cells at pixel positions of any shape.
+
+    Parameters
+    ----------
+    values : ndarray
+        ``(h, w, C)``, NaN where unknown; C up to 3.
+    weight : ndarray
+        ``(h, w)`` what each cell counts: a neighbour full of stars leaves the sky to the other three.
+    x, y : ndarray
+        Mosaic pixels.
+
+    Returns
+    -------
+    ndarray
+        ``(..., C)`` float32; NaN outside, and where less than a third of the weight is there.
+    """
+    known: NDArray[np.bool_] = np.isfinite(values.sum(axis=2))
+    share = np.where(known, weight, np.float32(0))[..., None]
+    planes = np.concatenate([np.where(known[..., None], values, np.float32(0)) * share, share], axis=2)
+    u, v = (((np.asarray(p) + 0.5) / CELL - 0.5).astype(np.float32) for p in (x, y))
+    rows = 16384  # OpenCV takes images below 32768 px only
+    count = -(-u.size // rows)
+    across, down = (np.resize(p.ravel(), count * rows).reshape(count, rows) for p in (u, v))
+    source = np.ascontiguousarray(planes, np.float32)
+    found = cv2.remap(source, across, down, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+    out = np.asarray(found, np.float32).reshape(-1, planes.shape[2])[: u.size].reshape(*u.shape, planes.shape[2])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(out[..., -1:] > _MIN_WEIGHT, out[..., :-1] / out[..., -1:], np.float32(np.nan))
+
+
+def _background(grey: FloatImage) -> tuple[FloatImage, FloatImage]:
+    """Local background and its noise, ADU, of the 2x2 bins."""
+    missing = ~np.isfinite(grey)
+    if missing.all():
+        return np.zeros_like(grey), np.ones_like(grey)
+    image = np.where(missing, np.float32(0), grey)
+    background = sep.Background(image, mask=missing, bw=_MESH, bh=_MESH)
+    scatter = np.maximum(background.rms(), np.float32(1e-3 * background.globalrms + 1e-30))
+    return background.back(), scatter
+
+
+def _sources(grey: FloatImage, scatter: FloatImage) -> NDArray[np.bool_]:
+    """Bins that hold light of sources; at most half of the picture, in a field of nothing but stars.
+
+    A source is what a morphological opening takes away: light narrower than `_OPENING`. That leaves slopes, and steps
+    of any height, as they are; against a mesh of background levels a seam would be a source on its bright side.
+    """
+    there = np.isfinite(grey)
+    if not there.any():
+        return np.zeros(grey.shape, bool)
+    share = cv2.blur(there.astype(np.float32), (3, 3))
+    smooth = np.asarray(cv2.blur(np.where(there, grey, np.float32(0)), (3, 3)), np.float32) / np.maximum(share, 1e-6)
+    top = np.float32(np.finfo(np.float32).max)
+    square = np.ones((_OPENING, _OPENING), np.uint8)
+    low = np.asarray(cv2.erode(np.where(there, smooth, top), square), np.float32)
+    excess = (smooth - np.asarray(cv2.dilate(np.where(low == top, -top, low), square), np.float32)) / scatter
+    middle = float(np.median(excess[there][::7]))
+    # Bins four apart share no pixel of the smoothing; their difference is blind to slopes.
+    apart = np.abs((smooth[:, 4:] - smooth[:, :-4]) / scatter[:, 4:])[there[:, 4:] & there[:, :-4]]
+    sigma = 1.4826 / math.sqrt(2) * float(np.median(apart[::7])) if apart.size else 0.0
+    threshold = _MASK_SIGMA * max(sigma, 1e-6)
+    for _ in range(6):
+        mask = np.zeros(grey.shape, bool)
+        for factor, radius in _HALO:
+            disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+            bright = ((excess - middle > factor * threshold) & there).astype(np.uint8)
+            mask |= np.asarray(cv2.dilate(bright, disc)) > 0
+        if mask[there].mean() <= 0.5:
+            break
+        threshold *= 2
+    return mask
+
+
+def _cell_means(bins: FloatImage) -> FloatImage:
+    """Means of `_HALVES` x `_HALVES` bins; what is left over at the far edges is dropped."""
+    h, w = (size // _HALVES for size in bins.shape)
+    if not h or not w:
+        return np.zeros((h, w), np.float32)
+    cut = np.ascontiguousarray(bins[: h * _HALVES, : w * _HALVES], np.float32)
+    return np.asarray(cv2.resize(cut, (w, h), interpolation=cv2.INTER_AREA), np.float32)
+
+
+def _noise_map(plane: FloatImage, region: int) -> FloatImage:
+    """Noise of a pixel in every region: scaled MAD of differences two pixels apart along some of the rows."""
+    rows = plane[::_STEP]
+    difference = np.abs(rows[:, 2:] - rows[:, :-2])
+    k = region // _STEP
+    ry, rx = -(-plane.shape[0] // region), -(-plane.shape[1] // region)
+    full = np.pad(difference, ((0, ry * k - len(rows)), (0, rx * region - difference.shape[1])), constant_values=np.nan)
+    boxes = full.reshape(ry, k, rx, region).swapaxes(1, 2).reshape(ry, rx, -1)
+    return (1.4826 / math.sqrt(2) * nan_median(boxes, 0.1)).astype(np.float32)
+
+
+def nan_median(values: NDArray, least: float = 0.0) -> NDArray:
+    """Median over the last axis, NaN left out; NaN where less than a share `least` is there.
+
+    A sort puts NaN last, and is far quicker than `numpy.nanmedian` row by row.
+    """
+    ordered = np.sort(values, axis=-1)
+    count = ordered.shape[-1] - np.isnan(ordered).sum(axis=-1)
+    low, high = np.maximum(count - 1, 0) // 2, np.minimum(count // 2, ordered.shape[-1] - 1)
+    middle = [np.take_along_axis(ordered, k[..., None], axis=-1)[..., 0] for k in (low, high)]
+    return np.where(count > least * ordered.shape[-1], (middle[0] + middle[1]) / 2, np.nan)
