@@ -37,7 +37,10 @@ from zemosaic.ledger import FrameRecord, Ledger, LedgerError, TileRecord, fate
 from zemosaic.mastertile import TilePixels, read_master_tile, save_master_tile
 from zemosaic.photometry import Photometry
 from zemosaic.preview import PreviewSettings
-from zemosaic.product import ProductError, ProductFacts, save_product
+from zemosaic.product import ProductError, ProductFacts, ProductPaths, save_product
+from zemosaic.report.chronicle import Chronicle
+from zemosaic.report.evidence import evidence_of_run
+from zemosaic.report.story import headline
 from zemosaic.resume import Results
 from zemosaic.settings import Settings, settings_toml
 from zemosaic.stacking import Stack, stack_subs
@@ -160,7 +163,8 @@ def run_hierarchical_mosaic(
     """
     start = time.perf_counter()
     settings = settings or Settings()
-    events = Events(progress_callback, settings.language, stop_requested)
+    chronicle = Chronicle(progress_callback)
+    events = Events(chronicle, settings.language, stop_requested)
     inputs = [Path(p) for p in ([input_folder] if isinstance(input_folder, (str, Path)) else input_folder)]
     output_folder = Path(output_folder)
     routes = routes_for(settings, sds)
@@ -194,6 +198,8 @@ def run_hierarchical_mosaic(
                 settings_text=settings_toml(settings),
                 preview=preview_settings(settings),
             )
+            if settings.report:
+                report(job, intake, made, facts, ledger, paths, chronicle)
     except (FrameError, CanvasError, ProductError, LedgerError, WorkplaceError, OSError, MemoryError) as problem:
         reason = f"{problem.path}: {problem}" if isinstance(problem, FrameError) else str(problem)
         events.failed("run_error_failed", reason=reason)
@@ -644,6 +650,31 @@ def product_facts(job: Job, route: str, made: RouteResult, failures: Sequence[st
         cards + tuple(made.cards),
         tuple(made.history),
     )
+
+
+def report(
+    job: Job,
+    intake: Intake,
+    made: RouteResult,
+    facts: ProductFacts,
+    ledger: Ledger,
+    paths: ProductPaths,
+    chronicle: Chronicle,
+) -> None:
+    """Judge the mosaic and write its report. The product is safe already, and stays so whatever happens here."""
+    events = job.events
+    events.phase(10, "report")
+    try:
+        from zemosaic.report.page import report_mosaic  # here, because matplotlib takes long to load
+
+        evidence = evidence_of_run(job, intake, made)
+        verdict, written = report_mosaic(evidence, facts, ledger, made.tiles, job.settings, chronicle, paths)
+    except Exception as problem:  # nothing that a page is made of is worth the end of a run of hours
+        _logger.debug("report", exc_info=True)
+        events.warning("run_warn_no_report", reason=str(problem) or type(problem).__name__)
+        return
+    events.info("report_verdict", grade=verdict.grade if verdict else "–", headline=headline(verdict, events.language))
+    events.info("report_written", path=written.html)
 
 
 def preview_settings(settings: Settings) -> PreviewSettings:

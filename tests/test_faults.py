@@ -165,7 +165,7 @@ class Ended:
 @pytest.fixture(scope="module")
 def server() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["zemosaic_worker", "zemosaic_sds", "zemosaic.cli", "rich.progress", __name__])
+    context.set_forkserver_preload(["warm", "zemosaic.cli", "rich.progress", __name__])
     return context
 
 

@@ -190,4 +190,4 @@ def test_large_scale_slope_is_reported_and_taken_off():
     tilted = Evidence(blank() + np.linspace(0, 90, 500, dtype=np.float32))
     figures = measure_levels(tilted, measured(tilted)[0])
     assert figures.gradient == pytest.approx(90, rel=0.05)
-    assert np.nanmax(np.abs(figures.sky)) < 2
+    assert np.nanmax(np.abs(figures.sky[:, :-1])) < 2  # the last region is cut

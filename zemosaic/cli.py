@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 EXIT_NO_PRODUCT = 1
 EXIT_USAGE = 2
+EXIT_PARTLY = 3
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -82,10 +83,14 @@ def run(
     ] = None,
     lots: Annotated[Path | None, _file_option("--lots", "Lots to use as given: JSON or TOML.")] = None,
     only: Annotated[Path | None, _file_option("--only", "Use only the frames of this list, one path a line.")] = None,
+    resolve: Annotated[
+        bool, typer.Option("--resolve", help="Ignore every WCS there is, sidecars too, and solve anew.")
+    ] = False,
     dark: Annotated[Path | None, _file_option("--dark", "Master dark.")] = None,
     flat: Annotated[Path | None, _file_option("--flat", "Master flat.")] = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Workers that run at the same time.")] = None,
     memory: Annotated[float | None, typer.Option(metavar="GB", help="Memory the run may use.")] = None,
+    no_report: Annotated[bool, typer.Option("--no-report", help="Do not judge the mosaic, write no report.")] = False,
     lang: Lang = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -107,10 +112,12 @@ def run(
         _refuse(f"--progress takes json, not {progress!r}")
     options = {
         "route": route,
+        "force_resolve_existing_wcs": resolve or None,
         "master_dark_path": dark,
         "master_flat_path": flat,
         "num_processing_workers": workers,
         "memory_gb": memory,
+        "report": "false" if no_report else None,
         "language": lang,
     }
     try:
@@ -196,6 +203,51 @@ def plan_run(
         else:
             typer.echo("\n".join(plan_lines(made, settings.language)))
     raise typer.Exit(EXIT_NO_PRODUCT if made.problems else 0)
+
+
+@app.command()
+def solve(
+    subs: Annotated[list[Path], typer.Argument(metavar="SUBS", exists=True, help="Frames, or folders of frames.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", file_okay=False, help="Folder for solutions.csv and WCS files."),
+    ] = None,
+    write_sidecars: Annotated[
+        bool, typer.Option("--write-sidecars", help="Write NAME.wcs.fits beside each frame that had no good WCS.")
+    ] = False,
+    resolve: Annotated[bool, typer.Option("--resolve", help="Ignore every WCS there is and solve anew.")] = False,
+    config: Annotated[Path | None, _file_option("--config", "Settings: TOML, or a zemosaic_config.json.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Workers that run at the same time.")] = None,
+    lang: Lang = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find frames on the sky, offline, and say where each is.
+
+    Exit status 0: all were found; 3: some were not; 1: none was.
+    """
+    from zemosaic.settings import SettingsError
+
+    options = {"num_processing_workers": workers, "language": lang, "force_resolve_existing_wcs": resolve or None}
+    try:
+        settings, warnings = _settings(config, changes or [], options)
+    except SettingsError as error:
+        _refuse(str(error))
+    with _speaking(settings, warnings, _listener(_shown(verbose, quiet))) as (listen, stop):
+        from zemosaic.events import Events
+        from zemosaic.solve.command import SolvingError, solve_files, solved_lines
+
+        say = Events(listen, settings.language, stop.requested)
+        try:
+            solved = solve_files(subs, settings, say, folder=out, sidecars=write_sidecars)
+        except SolvingError as error:
+            say.error("run_error_failed", reason=error)
+            raise typer.Exit(EXIT_NO_PRODUCT) from error
+        typer.echo("\n".join(solved_lines(solved)))
+    raise typer.Exit(EXIT_PARTLY if solved.left_out else 0)
 
 
 @app.command()

@@ -16,7 +16,6 @@ from zemosaic.probe import Cost, Probe, Trial
 _GROWS_WITH: Mapping[str, Callable[[Sizes], float]] = {
     "start": lambda s: s.frames,
     "phase_scan": lambda s: s.frames,
-    "phase_canvas": lambda s: s.frames,
     "phase_lots": lambda s: s.samples,
     "phase_mosaic_first": lambda s: s.samples,
     "phase_master_tiles": lambda s: s.samples,
@@ -151,8 +150,9 @@ def _within(value: float, error: float) -> Estimate:
 
 
 def phase_times(sizes: Sizes, probe: Probe) -> dict[str, Cost]:
-    """Time of every phase."""
+    """Time of every phase: what is loaded once, and what grows."""
     trial = probe.timed
+    nothing = Cost(0.0, 0.0)
     times = {}
     for phase, cost in trial.costs.items():
         grows = _GROWS_WITH.get(phase, lambda s: s.canvas_px)
@@ -164,8 +164,15 @@ def phase_times(sizes: Sizes, probe: Probe) -> dict[str, Cost]:
             # The preview does not grow with the mosaic, and takes most of the time of a small one.
             file = cost - probe.picture * trial.sizes.preview_px
             times[phase] = file * (sizes.canvas_px / trial.sizes.canvas_px) + probe.picture * sizes.preview_px
+        elif phase == "phase_solve":
+            # The catalogue, and the search for the first frames, cost the same for few and many.
+            fewer, few = probe.traced.sizes.frames, probe.traced.costs.get(phase, cost)
+            each = (cost - few) * (1 / max(1, trial.sizes.frames - fewer))
+            times[phase] = (cost - each * trial.sizes.frames) + each * sizes.frames
         else:
             times[phase] = cost * (grows(sizes) / grows(trial.sizes))
+        once = probe.first.costs.get(phase, nothing) - probe.traced.costs.get(phase, nothing)
+        times[phase] = times[phase] + once
     return times
 
 
@@ -230,13 +237,15 @@ def _phase_bytes(sizes: Sizes, probe: Probe, resident: int) -> dict[str, float]:
     per_frame = trial.held[first] / trial.sizes.frames  # its header, its stars and sky, its place
     found = {}
     for phase, peak in trial.peak.items():
-        if phase in ("start", "phase_scan", "phase_canvas"):
+        if phase in ("start", "phase_scan"):
             continue
         if phase == "phase_measure":
             busy = min(probe.workers, trial.sizes.frames)
             found[phase] = sizes.frames * per_frame + peak * probe.workers / busy
         elif phase == "phase_levels":
             found[phase] = sizes.frames * (per_frame + probe.match_bytes)
+        elif phase == "phase_solve":
+            found[phase] = sizes.frames * per_frame + peak  # which is mostly the catalogue
         else:
             tiles = _tiles_held(trial) if phase in _WITH_TILES else 0.0
             own = peak - trial.sizes.frames * per_frame - _counted(phase, trial.sizes, resident) - tiles

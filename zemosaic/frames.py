@@ -510,6 +510,11 @@ def _find_wcs(path: Path, image: _Image) -> tuple[WCS | None, Literal["header", 
         return None, None, f"the sidecar {sidecar} cannot be read ({error.strerror})"
 
 
+def sidecar_name(path: Path) -> str:
+    """Name of the file beside a frame that holds its WCS."""
+    return _FITS_NAME.sub("", path.name) + _SIDECAR_ENDINGS[0]
+
+
 def _sidecar_of(path: Path) -> Path | None:
     stem = _FITS_NAME.sub("", path.name)
     candidates = (path.with_name(stem + ending) for ending in _SIDECAR_ENDINGS)

@@ -124,7 +124,6 @@ def place(intake: Intake, settings: Settings, events: Events, budget: int, outpu
         If no canvas can be made of what is left, or it would not fit into `budget` bytes of memory or on the disk
         of `output_folder`.
     """
-    intake.drop(misfits.of_impossible_size(intake.frames, budget), events)
     mono = select(intake, events)
     canvas = plan_canvas(intake.frames, settings)
     events.info("run_info_canvas", width=canvas.shape[1], height=canvas.shape[0], scale=canvas.scale)
@@ -145,6 +144,10 @@ def select(intake: Intake, events: Events) -> bool:
     intake.drop([_unplaced(f) for f in intake.frames], events)
     intake.drop(find_strays(intake.frames), events, "run_warn_stray_pointing")
     intake.drop(misfits.of_another_kind(intake.frames), events)
+    if intake.measures:  # a plan is made without
+        intake.drop(misfits.duplicates(intake.frames, intake.measures), events)
+        intake.drop(misfits.without_stars(intake.frames, intake.measures), events)
+        intake.drop(misfits.in_other_units(intake.measures), events)
     _check_left(intake)
     filters = misfits.filters_mixed(intake.frames)
     if filters:
@@ -219,9 +222,6 @@ def measure_all(intake: Intake, calibration: Calibration, settings: Settings, wo
     intake.drop(reasons, events)
     intake.measures = measures
     intake.measured = {frame.path: measure for frame, measure in zip(intake.frames, measures, strict=True)}
-    intake.drop(misfits.duplicates(intake.frames, intake.measures), events)
-    intake.drop(misfits.without_stars(intake.frames, intake.measures), events)
-    intake.drop(misfits.in_other_units(intake.measures), events)
 
 
 def _camera(frame: Frame) -> Camera:
@@ -312,13 +312,14 @@ def _no_place(place: Place) -> str:
 
 
 def foresee(intake: Intake, settings: Settings, events: Events, budget: int, output_folder: Path) -> None:
-    """Refuse a canvas that is too large before any pixel is read, as far as headers can tell.
+    """Refuse frames and a canvas that are too large before any pixel is read, as far as headers can tell.
 
     Raises
     ------
     CanvasError
         If it would not fit into memory or on the disk.
     """
+    intake.drop(misfits.of_impossible_size(intake.frames, budget), events)
     placed = [frame for frame in intake.frames if not _unplaced(frame)]
     placed = [frame for frame, why in zip(placed, find_strays(placed), strict=True) if not why]
     if placed and not settings.force_resolve_existing_wcs:

@@ -132,7 +132,7 @@ def without_stars(frames: Sequence[Frame], measures: Sequence[FrameMeasure]) -> 
 
 
 def duplicates(frames: Sequence[Frame], measures: Sequence[FrameMeasure]) -> list[str]:
-    """The same pixels under another name; the first of them stays.
+    """The same pixels under another name; the first of them stays, so all must be fit to be used.
 
     No file is read for it: that the sky and the hot pixels of two exposures agree to the last bit in a thousand
     places is impossible. So a copy is found whatever its header, its WCS and its packing.

@@ -98,8 +98,8 @@ class Probe:
     unseen : int
         What the process took in the first run beyond what the trace of the second counts: compiled code, libraries'
         own memory, what the heap keeps.
-    traced, timed : Trial
-        The second and the third run.
+    first, traced, timed : Trial
+        The three runs; the first two of the same frames.
     match : tuple of (int, Cost)
         Frames → time to solve their gains and levels, at one or two sizes.
     match_bytes : float
@@ -114,6 +114,7 @@ class Probe:
 
     base: int
     unseen: int
+    first: Trial
     traced: Trial
     timed: Trial
     match: tuple[tuple[int, Cost], ...]
@@ -161,7 +162,7 @@ def run_probe(layout: Layout, panel: Sequence[int], route: str, settings: Settin
     with tempfile.TemporaryDirectory(prefix="zemosaic-probe-") as folder:
         few = chosen[:_TRACED_FRAMES]
         with _sampled() as most:
-            _trial(few, route, settings, events, Path(folder, "first"), _blind)
+            first = _trial(few, route, settings, events, Path(folder, "first"), _blind)
         step()
         with _traced() as look:
             traced = _trial(few, route, settings, events, Path(folder, "traced"), look)
@@ -175,7 +176,7 @@ def run_probe(layout: Layout, panel: Sequence[int], route: str, settings: Settin
     step()
     workers = worker_count(settings.num_processing_workers)
     unseen = max(0, most[0] - base - max(traced.peak.values()))
-    return Probe(base, unseen, traced, timed, solved, solve_bytes, picture, picture_bytes, workers)
+    return Probe(base, unseen, first, traced, timed, solved, solve_bytes, picture, picture_bytes, workers)
 
 
 def _blind() -> tuple[int, int]:

@@ -320,6 +320,9 @@ class Settings(BaseModel):
     preview_png_max_dim: int = _setting(3200, "Longest side of the preview.", "px", ge=16)
     preview_png_apply_wb: bool = _setting(False, "White-balance the preview.")
 
+    # --- report
+    report: bool = _setting(True, "Judge the finished mosaic, and write the verdict as a page beside it.")
+
     # --- machine
     num_processing_workers: int = _setting(-1, "Workers that run at the same time; -1 (or 0) = one a core.", ge=-1)
     memory_gb: float | None = _setting(None, "Memory the run may use; none = 60 % of what is free.", "GB", gt=0)

@@ -23,10 +23,11 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from zemosaic.ledger import FrameRecord
+from zemosaic.report.chronicle import Phase
 from zemosaic.report.defects import Hole, Trail
 from zemosaic.report.faults import LotLine
 from zemosaic.report.seams import Seam
-from zemosaic.report.story import Phase, Story
+from zemosaic.report.story import Story
 from zemosaic.report.verdict import Map
 
 Say = Callable[..., str]
@@ -278,15 +279,12 @@ def _gathered(lots: Sequence[LotLine], reach: float) -> dict[tuple[float, float]
 
 def _compass(axes: Axes, story: Story, say: Say) -> None:
     """Arrows to north and east in the upper right corner."""
-    angle = np.deg2rad(story.north)
-    north = np.array([-np.sin(angle), np.cos(angle)])
-    east = np.array([-north[1], north[0]]) * (-1 if story.mirrored else 1)
-    for direction, name in ((north, say("plot_north")), (east, say("plot_east"))):
-        tip = 16 * direction
+    assert story.sky is not None
+    for (x, y), name in ((story.sky.north, say("plot_north")), (story.sky.east, say("plot_east"))):
         axes.annotate(
             name,
             (0.93, 0.86),
-            xytext=tuple(tip),
+            xytext=(16 * x, 16 * y),
             xycoords="axes fraction",
             textcoords="offset points",
             ha="center",

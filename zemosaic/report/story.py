@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import platform
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from typing import Any
 
+import numpy as np
+from astropy.wcs import WCS
+
 from zemosaic import __version__
+from zemosaic.canvas import pixel_scale
 from zemosaic.events import Event, render
 from zemosaic.ledger import Ledger, TileRecord
 from zemosaic.product import ProductFacts
+from zemosaic.report.chronicle import Phase
 from zemosaic.report.verdict import Verdict, as_json
 from zemosaic.settings import Settings
 
@@ -57,59 +62,36 @@ _PACKAGES = ("numpy", "scipy", "astropy", "opencv-python", "reproject", "sep", "
 
 
 @dataclass(frozen=True)
-class Phase:
-    """One phase of a run.
+class SkyPlace:
+    """Where a picture lies on the sky.
 
     Parameters
     ----------
-    name : str
-        The message ``phase_<name>`` is its title.
-    start, seconds : float
-        Since the run began, and how long it took; wall clock.
-    cpu : float
-        Seconds of processor time of this process.
+    scale : float
+        arcsec per pixel.
+    ra, dec : float
+        Of its middle, degrees, ICRS.
+    north, east : tuple of float
+        Unit vectors (x, y) in the picture that point there, at its middle.
     """
 
-    name: str
-    start: float
-    seconds: float
-    cpu: float
+    scale: float
+    ra: float
+    dec: float
+    north: tuple[float, float]
+    east: tuple[float, float]
 
 
-class Chronicle:
-    """Listens to the events of a run and passes them on: remembers when each phase began, and every warning.
-
-    Parameters
-    ----------
-    listener : callable, optional
-        Who is to hear the events too.
-    """
-
-    def __init__(self, listener: Callable[[Event], None] | None = None) -> None:
-        self._listener = listener
-        self._begin = self._now()
-        self._marks: list[tuple[str, tuple[float, float]]] = []
-        self.warnings: list[Event] = []
-
-    def __call__(self, event: Event) -> None:
-        if event.kind == "phase":
-            self._marks.append((event.key.removeprefix("phase_"), self._now()))
-        elif event.kind in ("warning", "error"):
-            self.warnings.append(event)
-        if self._listener is not None:
-            self._listener(event)
-
-    def phases(self) -> list[Phase]:
-        """The phases so far, the last one up to now."""
-        ends = [*(mark for _, mark in self._marks[1:]), self._now()]
-        return [
-            Phase(name, start[0] - self._begin[0], end[0] - start[0], end[1] - start[1])
-            for (name, start), end in zip(self._marks, ends, strict=True)
-        ]
-
-    @staticmethod
-    def _now() -> tuple[float, float]:
-        return time.perf_counter(), time.process_time()
+def sky_place(wcs: WCS, shape: tuple[int, int]) -> SkyPlace:
+    """Where the picture ``(ny, nx)`` of a celestial WCS lies."""
+    x, y = (shape[1] - 1) / 2, (shape[0] - 1) / 2
+    ra, dec = (float(v) for v in wcs.all_pix2world(x, y, 0))
+    # A step of an arcsecond or so; at the pole itself north is any direction.
+    step = 1 / 3600 * (1 if dec < 0 else -1)
+    up = np.array(wcs.all_world2pix(ra, dec + step, 0)) - (x, y)
+    side = np.array(wcs.all_world2pix(ra + abs(step) / max(np.cos(np.deg2rad(dec)), 1e-6), dec, 0)) - (x, y)
+    north, east = np.sign(step) * up / np.hypot(*up), side / np.hypot(*side)
+    return SkyPlace(pixel_scale(wcs), ra, dec, (float(north[0]), float(north[1])), (float(east[0]), float(east[1])))
 
 
 @dataclass(frozen=True)
@@ -131,14 +113,8 @@ class Story:
     phases : sequence of Phase
     warnings : sequence of Event
         Of the kinds "warning" and "error".
-    scale : float
-        arcsec per pixel.
-    centre : tuple of float
-        Right ascension and declination of the middle, degrees, ICRS.
-    north : float
-        Direction of north in the picture, degrees from up, positive to the left (to the east as seen on the sky).
-    mirrored : bool
-        East is to the right if north is up.
+    sky : SkyPlace or None
+        Where it lies; None without a WCS.
     problem : str
         Why there is no verdict; "" if there is one.
     """
@@ -151,10 +127,7 @@ class Story:
     settings: Settings
     phases: Sequence[Phase] = ()
     warnings: Sequence[Event] = ()
-    scale: float = float("nan")
-    centre: tuple[float, float] = (float("nan"), float("nan"))
-    north: float = 0.0
-    mirrored: bool = False
+    sky: SkyPlace | None = None
     problem: str = ""
 
     @property
@@ -163,9 +136,14 @@ class Story:
         return self.settings.language
 
     @property
+    def scale(self) -> float:
+        """arcsec per pixel; NaN without a WCS."""
+        return self.sky.scale if self.sky else math.nan
+
+    @property
     def seconds(self) -> float:
         """Time that the run took, up to its report."""
-        return self.phases[-1].start + self.phases[-1].seconds if self.phases else float("nan")
+        return self.phases[-1].start + self.phases[-1].seconds if self.phases else math.nan
 
 
 def headline(verdict: Verdict | None, language: str = "en") -> str:
@@ -205,10 +183,10 @@ def report_json(story: Story, verdict: Verdict | None) -> dict[str, Any]:
             "width_px": story.shape[1],
             "height_px": story.shape[0],
             "scale_arcsec_px": _known(story.scale),
-            "centre_ra_deg": _known(story.centre[0]),
-            "centre_dec_deg": _known(story.centre[1]),
-            "north_from_up_deg": _known(story.north),
-            "mirrored": story.mirrored,
+            "centre_ra_deg": story.sky.ra if story.sky else None,
+            "centre_dec_deg": story.sky.dec if story.sky else None,
+            "north_x_y": story.sky.north if story.sky else None,
+            "east_x_y": story.sky.east if story.sky else None,
         },
         "run": {
             "route": facts.route,
@@ -275,4 +253,4 @@ def _known(value: Any) -> Any:
     """A number to six digits, None for one that is not finite; anything else as it is."""
     if not isinstance(value, float):
         return value
-    return float(f"{value:.6g}") if value - value == 0 else None
+    return float(f"{value:.6g}") if math.isfinite(value) else None
