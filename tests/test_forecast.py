@@ -201,7 +201,7 @@ def subs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_memory_of_a_real_run_is_foreseen(subs: Path, tmp_path: Path):
     """Traced, so that neither other tests nor the heap have a say; the traced frames of the probe are 2 of 12."""
-    settings = Settings(route="sds", num_processing_workers=1)
+    settings = Settings(route="sds", num_processing_workers=1, solver_method="none")
     layout = lay_out(scan([subs], 1, Events()).frames, settings)
     probe = run_probe(layout, range(4), "sds", settings, Events())
     resident = resident_bytes(settings, 1 << 40)
@@ -216,7 +216,9 @@ def test_the_memory_of_a_real_run_is_foreseen(subs: Path, tmp_path: Path):
 
 def test_a_forecast_of_a_real_field_names_every_phase(subs: Path):
     heard = []
-    plan = make_plan([subs], Settings(sds_mode_default=True), Events(heard.append), startup=Cost(2.0, 3.0))
+    plan = make_plan(
+        [subs], Settings(sds_mode_default=True, solver_method="none"), Events(heard.append), startup=Cost(2.0, 3.0)
+    )
     assert plan.problems == ()
     made = plan.forecast
     assert made is not None and made.route == "sds"
@@ -232,7 +234,7 @@ def test_a_forecast_of_a_real_field_names_every_phase(subs: Path):
 
 
 def test_a_probe_can_be_stopped(subs: Path):
-    settings = Settings(route="sds")
+    settings = Settings(route="sds", solver_method="none")
     layout = lay_out(scan([subs], 1, Events()).frames, settings)
     asked = iter([False] * 5 + [True] * 1000)
     with pytest.raises(Cancelled):

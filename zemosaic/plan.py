@@ -91,6 +91,8 @@ class Plan:
     ----------
     files : int
         Files that were found.
+    solver : bool
+        Whether a run would try to solve the frames that lack a WCS; the plan is without them.
     layout : Layout
         Frames that take part, in order of time, their canvas, corners and lots.
     left_out : tuple of LeftOut
@@ -112,6 +114,7 @@ class Plan:
     """
 
     files: int
+    solver: bool
     layout: Layout
     left_out: tuple[LeftOut, ...]
     coverage: NDArray[np.uint16]
@@ -201,6 +204,8 @@ def _without_forecast(
     workers, tiles = worker_count(settings.num_processing_workers), settings.use_existing_master_tiles
     intake = steps.scan([Path(p) for p in inputs], workers, quiet, tiles=tiles)
     found = list(intake.frames)
+    if found and all(frame.wcs is None for frame in found):
+        raise CanvasError(f"none of {len(found)} frames has a WCS: where they lie is not known before they are solved")
     budget = worker.memory_budget(settings)
     intake.drop(misfits.of_impossible_size(intake.frames, budget), quiet)
     steps.select(intake, quiet)
@@ -210,6 +215,7 @@ def _without_forecast(
     coverage, cell = coverage_map(layout)
     made = Plan(
         files=len(intake.files),
+        solver=settings.solver_method != "none",
         layout=layout,
         left_out=_left_out(intake, found, layout, graph),
         coverage=coverage,

@@ -40,6 +40,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "software": f"ZeMosaic {__version__}",
         "plan_seconds": plan.seconds,
         "files": {"found": plan.files, "used": len(plan.layout.frames), "left_out": len(plan.left_out)},
+        "run_solves_frames_without_wcs": plan.solver,
         "problems": list(plan.problems),
         "canvas": canvas_facts(plan.layout.canvas),
         "coverage": _coverage_json(plan),
@@ -180,7 +181,7 @@ def plan_lines(plan: Plan, language: str = "en") -> Iterator[str]:
         return render(f"plan_{key}", values, language)
 
     yield say("files", files=plan.files, used=len(plan.layout.frames), left_out=len(plan.left_out))
-    yield from _left_out_lines(plan.left_out, say)
+    yield from _left_out_lines(plan.left_out, plan.solver, say)
     canvas, coverage = canvas_facts(plan.layout.canvas), _coverage_json(plan)
     yield say("canvas", **{name.replace("_per_", "_"): value for name, value in canvas.items()})
     yield say("coverage", **{**coverage, "total_exposure_s": duration(coverage["total_exposure_s"] or 0)})
@@ -202,7 +203,7 @@ def plan_lines(plan: Plan, language: str = "en") -> Iterator[str]:
         yield say("problem", problem=problem)
 
 
-def _left_out_lines(left_out: Sequence[LeftOut], say: Any) -> Iterator[str]:
+def _left_out_lines(left_out: Sequence[LeftOut], solver: bool, say: Any) -> Iterator[str]:
     reasons = Counter(item.reason for item in left_out if not item.lacks_wcs)
     for reason, n in reasons.most_common(_SHOWN_REASONS):
         yield say("left_out", n=n, reason=reason, examples=_names([i for i in left_out if i.reason == reason]))
@@ -211,6 +212,8 @@ def _left_out_lines(left_out: Sequence[LeftOut], say: Any) -> Iterator[str]:
         hinted = [item for item in unsolved if item.ra is not None]
         yield say("no_wcs", n=len(unsolved), hinted=len(hinted), examples=_names(unsolved))
         near = sorted(Counter(item.panel for item in hinted if item.panel is not None).items())
+        if solver:
+            yield say("solver")
         if near:
             yield say("no_wcs_panels", panels=", ".join(f"{panel + 1} ({n})" for panel, n in near))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from astropy.io import fits
 from astropy.table import Table
+from astropy.wcs import WCS
 from numpy.typing import NDArray
 
 from zemosaic import intake as steps
@@ -17,8 +18,8 @@ from zemosaic.calibrate import Calibration
 from zemosaic.canvas import Canvas, CanvasError, pixel_scale
 from zemosaic.events import Events, render
 from zemosaic.execute import worker_count
-from zemosaic.frames import Frame, FrameError, read_frame, read_pixels
-from zemosaic.report.evidence import Catalogue, Evidence, SeenFrame, gather
+from zemosaic.frames import Frame, FrameError, read_frame
+from zemosaic.report.evidence import Catalogue, Evidence, SeenFrame, gather, outline
 from zemosaic.report.measures import TooLittle
 from zemosaic.report.verdict import Verdict, judge
 from zemosaic.settings import Settings
@@ -115,8 +116,8 @@ def read_mosaic(path: Path) -> tuple[Frame, Evidence]:
     """
     try:
         frame = read_frame(path)
-        image = read_pixels(frame)
-    except FrameError as problem:
+        image = _pixels(frame)
+    except (FrameError, OSError, ValueError, TypeError, fits.VerifyError) as problem:
         raise CheckError(f"{path}: {problem}") from problem
     coverage = None
     with contextlib.suppress(KeyError, OSError), fits.open(path) as hdus:
@@ -126,6 +127,24 @@ def read_mosaic(path: Path) -> tuple[Frame, Evidence]:
     if not np.isfinite(image).any():
         raise CheckError(f"{path}: its image holds no data")
     return frame, Evidence(image, coverage, frame.wcs)
+
+
+def _pixels(frame: Frame) -> FloatImage:
+    """The image as float32, ``(ny, nx)`` or ``(ny, nx, 3)``.
+
+    Not by `zemosaic.frames.read_pixels`: a sub that ends in rows of zeros was cut short, a mosaic has an empty border.
+    """
+    with fits.open(frame.path, memmap=False) as hdus:
+        for hdu in hdus:
+            data = hdu.data if hdu.is_image else None
+            if data is None or data.ndim < 2:
+                continue
+            image = np.squeeze(np.asarray(data, np.float32))
+            if image.ndim == 3 and image.shape[0] == 3:
+                image = np.moveaxis(image, 0, -1)
+            if image.shape[:2] == frame.shape and image.shape[2:] in ((), (3,)):
+                return np.ascontiguousarray(image)
+    raise ValueError("it has no image of two axes, or of three with three colours")
 
 
 def _without_blanks(image: FloatImage, coverage: FloatImage | None) -> FloatImage:
@@ -183,8 +202,8 @@ def _with_subs(
     steps.locate_all(intake, settings, workers, events)
     steps.select(intake, events)
     canvas = Canvas(frame.wcs, evidence.shape, pixel_scale(frame.wcs))
-    off = ["" if canvas.window_of(f).area else "it does not lie on the mosaic" for f in intake.frames]
-    intake.drop(off, events)
+    off = "it does not lie on the mosaic"
+    intake.drop(["" if _lies_on(frame.wcs, evidence.shape, f) else off for f in intake.frames], events)
     books = _books(path)
     left_out = "the mosaic's own table says that it was not used"
     intake.drop([left_out if books and f.path.name not in books else "" for f in intake.frames], events)
@@ -204,6 +223,12 @@ def _with_subs(
         whole = there.astype(np.float32)
     found = gather(Mosaic(evidence.image, whole, alpha_of(whole), frame.wcs), seen, photometry, canvas)
     return replace(found, coverage=evidence.coverage, catalogue=evidence.catalogue)
+
+
+def _lies_on(wcs: WCS, shape: tuple[int, int], frame: Frame) -> bool:
+    """Whether a sub shows a part of the mosaic; on the far side of the sky there is no projection at all."""
+    edge = outline(frame, wcs)
+    return bool(np.isfinite(edge).all() and (edge.max(axis=0) > 0).all() and (edge.min(axis=0) < shape[::-1]).all())
 
 
 def _books(path: Path) -> Mapping[str, tuple[int, NDArray[np.float64]]]:

@@ -9,17 +9,16 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from zemosaic.ledger import FrameRecord
@@ -42,11 +41,12 @@ LOT_COLOURS = ("#4c8dd6", "#e08a3c", "#4aa873", "#d2607a", "#9a78cf", "#b9922f",
 
 _WIDTH = 4.6  # inches
 _TEXT = 8.0  # points
+_NIGHT, _PAUSE = 18 * 60, 7 * 60  # minutes: frames of one night; between two nights
 _MOST_ARROWS = 500
 _MOST_LABELS = 40
 _MOST_MARKERS = 1500  # drawn one by one; beyond that as a picture
 
-_RC = {
+_RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": _TEXT,
     "axes.edgecolor": LINE,
@@ -69,7 +69,7 @@ DIVERGING = LinearSegmentedColormap.from_list("levels", ["#2166c4", "#7fb0e6", "
 
 def plot(name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
     """SVG of a figure; `name` keeps its identifiers apart from those of the page's other figures."""
-    with rc_context({**_RC, "svg.hashsalt": name}):
+    with rc_context(_RC | {"svg.hashsalt": name}):
         figure = Figure(figsize=size)
         draw(figure)
         stream = io.StringIO()
@@ -138,7 +138,7 @@ def map_figure(
         _map_axes(axes)
         bar = figure.colorbar(image, ax=axes, orientation="horizontal", aspect=40, pad=0.13, shrink=0.9)
         bar.set_label(label, size=_TEXT)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         bar.ax.tick_params(length=2, labelsize=_TEXT - 0.5)
         bar.locator = MaxNLocator(6)
         bar.update_ticks()
@@ -330,9 +330,9 @@ def frames_figure(records: Sequence[FrameRecord], say: Say) -> str:
             side.axis("off")
             axes.yaxis.set_major_locator(MaxNLocator(4))
         if when.dtype.kind == "f":
-            locator = AutoDateLocator(maxticks=6)
-            axes.xaxis.set_major_locator(locator)
-            axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+            axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 1.5, 2, 3, 6, 10], integer=True))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda m, _: f"{int(m) // 60 % 24:02d}:{int(m) % 60:02d}"))
+            axes.set_xlabel(say("plot_clock"))
         else:
             axes.set_xlabel(say("plot_number"))
 
@@ -343,25 +343,27 @@ def _time_axis(records: Sequence[FrameRecord]) -> tuple[NDArray[Any], list[float
     """Place of every frame: its date, if all lie within a day, else its number in order of time; where nights begin."""
     times = [_moment(r.date_obs) for r in records]
     known = np.array([t for t in times if t is not None])
-    if len(known) == len(times) and np.ptp(known) < 0.75:
+    if len(known) == len(times) and np.ptp(known) < _NIGHT:
         return known, []
     order = np.array([np.inf if t is None else t for t in times])
     place = np.empty(len(records), np.int64)
     place[np.argsort(order, kind="stable")] = np.arange(1, len(records) + 1)
     sorted_times = np.sort(order)
-    gaps = np.flatnonzero(np.diff(sorted_times[np.isfinite(sorted_times)]) > 0.3)
+    gaps = np.flatnonzero(np.diff(sorted_times[np.isfinite(sorted_times)]) > _PAUSE)
     return place, [float(g) + 1.5 for g in gaps]
 
 
 def _moment(date: str) -> float | None:
-    """A FITS date as days of matplotlib."""
+    """A FITS date as minutes since midnight of day 0."""
     try:
         # Python 3.10 reads fractions of 3 or 6 digits only, and no Z.
         whole, _, fraction = date.strip().rstrip("Z").partition(".")
         moment = datetime.fromisoformat(f"{whole}.{fraction:0<6.6}" if fraction else whole)
     except ValueError:
         return None
-    return float(date2num(moment.replace(tzinfo=timezone.utc)))
+    return (
+        moment.toordinal() * 1440 + (moment - datetime.combine(moment.date(), datetime.min.time())).total_seconds() / 60
+    )
 
 
 def waterfall_figure(phases: Sequence[Phase], titles: Sequence[str], say: Say) -> str:

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from zemosaic.levels import sample_sky
 from zemosaic.report.evidence import Evidence, Floats, Ints
 from zemosaic.report.lots import Offsets, average, combined, lot_offsets, shares, stacked_offsets
-from zemosaic.report.surface import MAX_MAP, Surface, nan_median
+from zemosaic.report.surface import CELL, MAX_MAP, Surface, nan_median
 from zemosaic.stars import block_medians, colour_planes
 from zemosaic.tiles import FloatImage
 
+_FREE = 0.8  # share of the pixels around a node that hold no source
 _ALIKE = 4.0  # neighbouring nodes share blocks, stars and the edges of frames: 16 of them count as one
 
 
@@ -58,7 +61,7 @@ def measure_levels(evidence: Evidence, surface: Surface) -> LevelFigures:
     rms, residual, px = np.full(channels, np.nan), np.full((1, 1), np.nan, np.float32), float(max(evidence.shape))
     if evidence.sky is not None and evidence.frames is not None and len(evidence.sky.node):
         offsets = _lot_skies(evidence)
-        x, y, stacking, shift = _node_residuals(evidence, np.nan_to_num(offsets.value))
+        x, y, stacking, shift = _node_residuals(evidence, surface, np.nan_to_num(offsets.value))
         difference = stacking + shift
         known = np.isfinite(difference).all(axis=1)
         offsets = combined(offsets, _lot_stacking(evidence, stacking))
@@ -84,7 +87,7 @@ def _lot_stacking(evidence: Evidence, residual: Floats) -> Offsets:
     return stacked_offsets(share, residual, _ALIKE)
 
 
-def _node_residuals(evidence: Evidence, offset: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+def _node_residuals(evidence: Evidence, surface: Surface, offset: Floats) -> tuple[Floats, Floats, Floats, Floats]:
     """x, y ``(n,)`` of the nodes, mosaic less frames (the median is 0), and mean offset of the lots, ``(n, C)`` ADU."""
     frames, sky = evidence.frames, evidence.sky
     assert frames is not None and sky is not None
@@ -100,8 +103,17 @@ def _node_residuals(evidence: Evidence, offset: Floats) -> tuple[Floats, Floats,
     own = sample_sky(blocks, sky.block_px // 2 * 2, (x, y), np.arange(len(x)), x, y)
     mosaic = np.full_like(level, np.nan)
     mosaic[own.node] = own.value
+    mosaic[~_starless(surface, x, y)] = np.nan
     difference = mosaic - level
     return x, y, difference - np.nan_to_num(nan_median(difference.T)), shift
+
+
+def _starless(surface: Surface, x: Floats, y: Floats) -> NDArray[np.bool_]:
+    """Nodes with little starlight around; in a field full of stars the freest half."""
+    h, w = surface.free.shape
+    i, j = (np.clip(p // CELL, 0, n - 1).astype(np.int64) for p, n in ((y, h), (x, w)))
+    free = np.asarray(cv2.blur(surface.free, (3, 3)))[i, j]
+    return np.asarray(free >= min(_FREE, float(np.median(free))) if len(free) else np.zeros(0, bool))
 
 
 def _rms(value: Floats) -> float:

@@ -7,7 +7,7 @@ confirmed and none of a sample can be solved, the headers are believed, and only
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,13 +27,16 @@ from zemosaic.solve.embedded import SolveError, solve
 from zemosaic.solve.external import Solver, solver_order
 from zemosaic.solve.field import Observation
 from zemosaic.solve.hint import Hint, hint_of
+from zemosaic.solve.placement import brightest_first
 from zemosaic.solve.refine import RefinedFrame, Refinement, refine
+from zemosaic.solve.siblings import Sibling, place_among
 from zemosaic.solve.verify import verify
 
 Source = Literal["header", "sidecar", "embedded", "astap", "astrometry", "neighbours"]
 
 _SAMPLE = 3  # frames whose failure shows that the catalogue does not know this sky
 _HOPELESS = 4  # frames that were not found anywhere on the sky, after which nobody looks that far any more
+_KIN = 9  # frames that tell about another of the same camera
 _NEAR_OTHERS = 5.0  # degrees around frames that were solved
 
 
@@ -180,6 +183,10 @@ class _Solving:
                 kept = {i: places[i] for i in doubted}
                 return kept | (self._lost(todo, []) if todo else {})
         found = self._near(todo)
+        known = {i: place for i, place in enumerate(places) if place.checked} | {
+            i: place for i, place in found.items() if place.wcs is not None
+        }
+        found |= self._among_siblings([i for i in todo if found[i].wcs is None], known)
         left = [i for i in todo if found[i].wcs is None]
         near = [p.wcs for p in (*found.values(), *places) if p.wcs is not None and p.checked]
         found |= self._lost(left, near)
@@ -187,6 +194,28 @@ class _Solving:
 
     def _near(self, todo: Sequence[int]) -> dict[int, Place]:
         return self._each(todo, [hint_of(self.frames[i]) for i in todo], "solve", blind=False)
+
+    def _among_siblings(self, todo: Sequence[int], known: Mapping[int, Place]) -> dict[int, Place]:
+        """Frames too shallow to be recognised, by what they have in common with others of the same camera."""
+        found: dict[int, Place] = {}
+        for i in todo:
+            frame, stars = self.frames[i], self.measures[i].stars
+            # The nearest in time: an alt-az mount turns the sky.
+            kin = sorted((j for j in known if camera_of(self.frames[j]) == camera_of(frame)), key=lambda j: abs(j - i))
+            siblings = [
+                Sibling(wcs, pointing)
+                for j in kin[:_KIN]
+                if (wcs := known[j].wcs) is not None and (pointing := _pointing(self.frames[j])) is not None
+            ]
+            pointing = _pointing(frame)
+            if pointing is None or not siblings:
+                continue
+            points = brightest_first(stars.x, stars.y, stars.flux, frame.shape)
+            wcs = place_among(points, frame.shape, pointing, siblings, self.catalogue)
+            if wcs is not None:
+                check = verify(wcs, stars.x, stars.y, stars.flux, frame.shape, self.catalogue)
+                found[i] = Place(wcs, "embedded", True, check.rms, check.matched)
+        return found
 
     def _lost(self, todo: Sequence[int], known: Sequence[WCS]) -> dict[int, Place]:
         """Frames that are not where their headers say: near the others, then anywhere, until that is hopeless."""
@@ -245,6 +274,15 @@ class _Solving:
         return solve_astap(read_pixels(frame), hints[0], astap_options(self.settings, stop))
 
 
+def camera_of(frame: Frame) -> tuple[object, ...]:
+    """What frames share that were taken with the same optics, sensor and binning."""
+    return frame.instrument, frame.focal_length, frame.pixel_size, frame.shape
+
+
+def _pointing(frame: Frame) -> tuple[float, float] | None:
+    return None if frame.ra is None or frame.dec is None else (frame.ra, frame.dec)
+
+
 def _untested(place: Place) -> Place:
     return Place(place.wcs, place.source, False, float("nan"), 0, "")
 
@@ -279,7 +317,7 @@ def _observations(
             measure.stars.flux.sum(axis=1),
             place.wcs,
             frame.shape,
-            (frame.instrument, frame.focal_length, frame.pixel_size, frame.shape),
+            camera_of(frame),
         )
         for frame, measure, place in zip(frames, measures, places, strict=True)
     ]
