@@ -9,7 +9,11 @@ from astropy.io import fits
 from astropy.time import Time
 from astropy.wcs import WCS
 
-from zemosaic.demo import PEDESTAL, READ_NOISE, FieldTruth, FrameTruth, make_field
+from zemosaic.demo import BRIGHTEST, PEDESTAL, READ_NOISE, ZERO_POINT, FieldTruth, FrameTruth, make_demo, make_field
+from zemosaic.events import Events
+from zemosaic.settings import Settings
+from zemosaic.solve.catalogue import load_catalogue
+from zemosaic.solve.command import solve_files
 
 CLEAN = {"trails": 0.0, "cosmics": 0, "hot_fraction": 0.0}
 
@@ -153,6 +157,37 @@ def test_nebula_is_smooth_colourful_and_exact(tmp_path, shape):
     assert nebula.max() <= 1.05 * truth.recipe.nebula
     hue = nebula[nebula.sum(axis=-1) > 100]
     assert np.ptp(hue[:, 0] / hue.sum(axis=1)) > 0.1
+
+
+def test_real_stars_are_those_of_the_catalogue_and_the_invented_ones_are_fainter(tmp_path):
+    truth = make_field(tmp_path, frames=1, panels=(1, 1), real_stars=True, scale=8.0, center=(38.0, 61.0))
+    known = load_catalogue().cone(38.0, 61.0, 1.0)
+    sky, stars = (SkyCoord(ra, dec, unit="deg") for ra, dec in ((known.ra, known.dec), (truth.ra, truth.dec)))
+    nearest, away, _ = stars.match_to_catalog_sky(sky)
+    real = away.arcsec < 1e-3
+    # The middle channel has no colour in it.
+    wanted = np.minimum(10 ** (0.4 * (ZERO_POINT - known.mag[nearest[real]])), BRIGHTEST)
+    np.testing.assert_allclose(truth.flux[real, 1], wanted, rtol=1e-6)
+    assert real.sum() > 20
+    assert (~real).sum() > 100
+    assert truth.flux[~real, 1].max() < wanted.min()
+
+
+def test_every_sub_of_the_demo_is_found_on_the_sky(tmp_path):
+    truth = make_demo(tmp_path)
+    shape = truth.recipe.shape
+    known = load_catalogue().cone(*truth.recipe.center, 2.0)
+    solved = solve_files([tmp_path], Settings(num_processing_workers=1), Events())
+    assert not solved.left_out
+    where = {frame.path: place.wcs for frame, place in solved.places.items()}
+    corners = np.array([[0, 0], [shape[1] - 1, 0], [0, shape[0] - 1], [shape[1] - 1, shape[0] - 1]])
+    for frame in truth.frames:
+        x, y = frame.wcs.all_world2pix(known.ra, known.dec, 0)
+        assert ((x > 0) & (x < shape[1] - 1) & (y > 0) & (y < shape[0] - 1)).sum() >= 12
+        assert "CTYPE1" not in fits.getheader(frame.path)
+        found = frame.wcs.all_world2pix(where[frame.path].all_pix2world(corners, 0), 0)
+        assert np.abs(found - corners).max() < 0.5  # pixels
+        assert fits.getdata(frame.path).max() < 65535
 
 
 @pytest.mark.parametrize("options", [{"parity": 0}, {"pattern": "RGB"}])

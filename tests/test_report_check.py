@@ -22,13 +22,13 @@ from zemosaic.report.evidence import Evidence, evidence_of_run
 from zemosaic.report.verdict import judge
 from zemosaic.settings import Settings
 
-PANEL = 12  # frames
+PANEL = 10  # frames
 
 
 @pytest.fixture(scope="module")
 def field(tmp_path_factory: pytest.TempPathFactory) -> FieldTruth:
     folder = tmp_path_factory.mktemp("subs")
-    options = {"panels": (2, 1), "shape": (300, 400), "star_density": 6000, "nebula": 60, "sky": 400, "overlap": 0.4}
+    options = {"panels": (2, 1), "shape": (270, 360), "star_density": 6000, "nebula": 60, "sky": 400, "overlap": 0.4}
     return make_field(folder, frames=2 * PANEL, trails=0, cosmics=0, seed=4, **options)
 
 
@@ -61,7 +61,7 @@ def runs(field: FieldTruth, tmp_path_factory: pytest.TempPathFactory):
             return books(intake, job, result)
 
         out = tmp_path_factory.mktemp("out")
-        settings = Settings(num_processing_workers=1, sds_gain_scope="shared", blur_filter=False)
+        settings = Settings(num_processing_workers=1, blur_filter=False, report=False)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(zemosaic_worker.steps, "match", faulty)
             patch.setattr(zemosaic_worker, "write_ledger", listen)

@@ -28,6 +28,8 @@ from zemosaic.stars import Aperture
 from zemosaic_worker import Job, RunResult, run_hierarchical_mosaic
 
 TINY = {"panels": (1, 1), "shape": (96, 128), "star_density": 9000, "nebula": 30, "trails": 0, "sky": 300}
+LOTS: dict[str, Any] = {"sds_min_batch_size": 3, "sds_target_batch_size": 3, "max_raw_per_master_tile": 3}
+FIXED: dict[str, Any] = {"num_processing_workers": 1, "blur_filter": False, "report": False}
 #: What may differ: when it was, and how long it took.
 IGNORED = {"ignore_keywords": ["DATE", "CHECKSUM", "DATASUM"], "ignore_fields": ["SECONDS"]}
 
@@ -58,11 +60,9 @@ class Run(RunResult):
 
 
 def run(subs: Path, out: Path, *, sds: bool = True, **changes: Any) -> Run:
-    lots = {"sds_min_batch_size": 3, "sds_target_batch_size": 3}
-    fixed = {"num_processing_workers": 1, "blur_filter": False, "max_raw_per_master_tile": 3}
     heard: list[Event] = []
     result = run_hierarchical_mosaic(
-        subs, out, Settings(**(lots | fixed | changes)), sds=sds, progress_callback=heard.append
+        subs, out, Settings(**(FIXED | LOTS | changes)), sds=sds, progress_callback=heard.append
     )
     used = next((event.values for event in heard if event.key == "run_info_reused"), {"measures": 0, "tiles": 0})
     object.__setattr__(result, "measures", used["measures"])
@@ -301,7 +301,9 @@ FATES = {"gone": Path.unlink, "grown": grow, "rewritten": rewrite, "cut": lambda
 def test_a_frame_that_changes_during_the_run_is_left_out_and_named(own_subs, tmp_path, fate, phase):
     victim = sorted(own_subs.iterdir())[4]
     heard = when(phase, lambda: FATES[fate](victim))
-    settings = Settings(num_processing_workers=1, blur_filter=False, sds_min_batch_size=3, sds_target_batch_size=3)
+    settings = Settings(
+        num_processing_workers=1, report=False, blur_filter=False, sds_min_batch_size=3, sds_target_batch_size=3
+    )
     made = run_hierarchical_mosaic(own_subs, tmp_path / "out", settings, sds=True, progress_callback=heard)
     record = next(record for record in made.ledger if record.file == victim.name)
     assert record.status == "rejected"
@@ -333,7 +335,9 @@ def test_a_lot_whose_frames_all_changed_is_no_lot(own_subs, tmp_path):
         for path in sorted(own_subs.iterdir())[3:6]:
             grow(path)
 
-    settings = Settings(num_processing_workers=1, blur_filter=False, sds_min_batch_size=3, sds_target_batch_size=3)
+    settings = Settings(
+        num_processing_workers=1, report=False, blur_filter=False, sds_min_batch_size=3, sds_target_batch_size=3
+    )
     heard = when("phase_lots", touch)
     made = run_hierarchical_mosaic(own_subs, tmp_path, settings, sds=True, progress_callback=heard)
     assert len(made.ledger.used) == 6
@@ -360,7 +364,7 @@ def test_a_frame_that_changes_while_its_header_is_read_is_left_out(own_subs, mon
 def test_nothing_of_a_changed_frame_is_kept(own_subs, tmp_path):
     """Its measures are not stored under the stamp that it had before."""
     out, victim = tmp_path / "out", sorted(own_subs.iterdir())[4]
-    settings = Settings(num_processing_workers=1, blur_filter=False)
+    settings = Settings(**FIXED)
     heard = when("phase_measure", lambda: rewrite(victim))
     run_hierarchical_mosaic(own_subs, out, settings, sds=True, progress_callback=heard)
     assert same(run(own_subs, out), run(own_subs, tmp_path / "clean", resume="off"))

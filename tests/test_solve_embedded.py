@@ -13,6 +13,7 @@ import pytest
 from astropy.coordinates import FK5, SkyCoord
 from astropy.io import fits
 from real_sky import Camera, aim, anywhere, observe, off, render
+from scipy.spatial import cKDTree
 
 from zemosaic.calibrate import Calibration
 from zemosaic.frames import Frame, read_frame
@@ -235,6 +236,23 @@ def test_a_panel_with_hardly_a_star_is_refused_rather_than_guessed(shared_data):
     hints = [replace(hint_of(sub)[0], radius=0.3)]
     with pytest.raises(SolveError, match=f"fits its {len(stars)} stars"):
         solve(stars.x, stars.y, stars.flux, sub.shape, hints, load_catalogue(), blind=False)
+
+
+def test_panels_with_hardly_a_star_are_found_among_the_stars_of_their_neighbours(shared_data):
+    """Any catalogue will do: here Tycho-2 and the stars seen on the panels that were found by it."""
+    subs = [read_frame(path) for path in sorted(shared_data.glob("seestar-ngc7023-panels/*.fit.gz"))]
+    stars = [measure_frame(sub, Calibration(), Aperture()).stars for sub in subs]
+    known = load_catalogue().cone(315.4, 68.2, 3.0)
+    for i in (0, 4, 5, 1, 2, 3):
+        hint = replace(hint_of(subs[i])[0], radius=0.4)
+        found = solve(stars[i].x, stars[i].y, stars[i].flux, subs[i].shape, [hint], known, blind=False)
+        assert off(found.wcs, subs[i].wcs) < 0.6, i
+        ra, dec = found.wcs.wcs_pix2world(stars[i].x, stars[i].y, 0)
+        mag = 20 - 2.5 * np.log10(stars[i].flux.sum(axis=1))
+        directions = unit_vectors(ra, dec)
+        apart = cKDTree(unit_vectors(known.ra, known.dec)).query(directions)[0]
+        new = apart > math.radians(6 / 3600)
+        known = Catalogue(*(np.append(a, b[new]) for a, b in ((known.ra, ra), (known.dec, dec), (known.mag, mag))))
 
 
 # ------------------------------------------------------------------------------------------- hints

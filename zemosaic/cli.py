@@ -287,7 +287,7 @@ def demo(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> None:
-    """Simulate a small field and make its mosaic by the SDS route."""
+    """Simulate a small field, find its frames on the sky and make their mosaic by the SDS route."""
     from zemosaic.settings import SettingsError
 
     try:
@@ -299,9 +299,9 @@ def demo(
         _refuse(f"{kept} exists already; choose another folder with -o")
     folder: AbstractContextManager[Any] = nullcontext(kept) if keep_subs else tempfile.TemporaryDirectory()
     with _session(settings, warnings, _listener(_shown(verbose, quiet))) as mosaic, folder as subs:
-        from zemosaic.demo import make_field
+        from zemosaic.demo import make_demo
 
-        make_field(Path(subs))
+        make_demo(Path(subs))
         result = mosaic([Path(subs)], out, sds=True)
     _finish(result, quiet)
 

@@ -22,6 +22,8 @@ from astropy.wcs import WCS
 from numpy.typing import NDArray
 from scipy.interpolate import RectBivariateSpline
 
+from zemosaic.solve.catalogue import load_catalogue
+
 FloatImage = NDArray[np.float32]
 
 PEDESTAL = 500.0  # ADU, added by the camera
@@ -31,6 +33,8 @@ PIXEL_SIZE = 2.9  # micrometres
 SKY_TINT = np.array([0.85, 1.0, 0.75], np.float32)
 FIRST_LIGHT = datetime(2025, 2, 1, 21, 0, 0)
 MOFFAT_BETA = 4.0
+BRIGHTEST = 2.5e5  # flux of a star, ADU: none saturates at the usual seeing
+ZERO_POINT = 21.0  # V_T of a star that gives one ADU: one of 12 is plain in a single sub, one of 7.5 the brightest
 NARROWEST_CLOUD = 6.0  # pixels, 1 sigma: gas is not blurred by the PSF, so it must not need to be
 PSF_REACH = 6.0  # stamp radius in FWHM; 1e-5 of a star's light lies outside
 
@@ -65,7 +69,8 @@ class Recipe:
     parity: int = 1  #: sign of the CD determinant; +1 as on a real Seestar, -1 as on sky charts
     sip_px: float = 0.0  #: cubic (SIP) distortion at the corners, pixels
     with_wcs: bool = True  #: whether the headers carry the true WCS
-    star_density: float = 2400.0  #: stars per square degree
+    star_density: float = 2400.0  #: invented stars per square degree
+    real_stars: bool = False  #: bright stars as in the sky (Tycho-2), so that subs can be solved; invented ones fainter
     nebula: float = 400.0  #: peak brightness of the nebula, ADU per pixel
     shuffle: bool = False  #: panels taken in turns instead of one after the other
     name: str = "Demo Nebula"  #: OBJECT of the headers, and part of the file names
@@ -287,6 +292,15 @@ def make_field(folder: Path | str, **options: Any) -> FieldTruth:
     return truth
 
 
+def make_demo(folder: Path | str) -> FieldTruth:
+    """Write the subs of `zemosaic demo`: no WCS, but stars of the real sky to find it by.
+
+    The field lies in the Milky Way (Cassiopeia) and its pixels are large, so that every small sub holds a score of
+    catalogue stars, of which none is too bright.
+    """
+    return make_field(folder, real_stars=True, with_wcs=False, center=(38.0, 61.0), scale=8.0, star_density=214.0)
+
+
 def tangent_header(
     ra: float,
     dec: float,
@@ -348,14 +362,21 @@ def _aims(recipe: Recipe) -> NDArray[np.float64]:
 def _invent_stars(
     rng: np.random.Generator, recipe: Recipe, plane: WCS, radius: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], FloatImage]:
-    """Stars spread evenly over a disc of `radius` pixels: RA, Dec, flux per channel."""
+    """Stars of a disc of `radius` pixels, the invented ones spread evenly: RA, Dec, flux per channel."""
     n = round(recipe.star_density * math.pi * (radius * recipe.scale / 3600) ** 2)
     r, angle = radius * np.sqrt(rng.random(n)), rng.uniform(0, 2 * np.pi, n)
     ra, dec = plane.wcs_pix2world(r * np.cos(angle), r * np.sin(angle), 0)
     # N(>F) ~ F**-0.65, a little flatter than the real sky: many stars good for photometry, and
     # none that saturates at the usual seeing.
-    flux = np.clip(500 * rng.random(n) ** (-1 / 0.65), None, 2.5e5)
-    redness = rng.normal(0, 0.2, n)  # magnitudes between neighbouring channels
+    flux = np.clip(500 * rng.random(n) ** (-1 / 0.65), None, BRIGHTEST)
+    if recipe.real_stars:
+        known = load_catalogue().cone(*recipe.center, radius * recipe.scale / 3600)
+        bright = np.minimum(10 ** (0.4 * (ZERO_POINT - known.mag)), BRIGHTEST)
+        faint = flux < bright.min(initial=np.inf)
+        ra, dec, flux = (
+            np.append(real, invented[faint]) for real, invented in ((known.ra, ra), (known.dec, dec), (bright, flux))
+        )
+    redness = rng.normal(0, 0.2, len(flux))  # magnitudes between neighbouring channels
     colours = flux[:, None] * 10 ** (0.4 * redness[:, None] * np.array([1.0, 0.0, -1.0]))
     if recipe.pattern is None:
         colours = colours.mean(axis=1, keepdims=True)

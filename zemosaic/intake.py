@@ -200,7 +200,9 @@ def measure_all(intake: Intake, calibration: Calibration, settings: Settings, wo
     results = intake.results
     aperture = results.aperture(frames, lambda: choose_aperture(frames, calibration))
     scales = _typical_scales(frames)
-    scale = float(np.median(list(scales.values()))) if scales else 1.0
+    # Of the frames, not of the cameras: one odd frame must not change the aperture of all others.
+    usual = [scales[camera] for camera in map(_camera, frames) if camera in scales]
+    scale = float(np.median(usual)) if usual else 1.0
     work = partial(
         _measure,
         calibration=calibration,

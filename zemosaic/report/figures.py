@@ -28,8 +28,7 @@ from zemosaic.report.faults import LotLine
 from zemosaic.report.seams import Seam
 from zemosaic.report.story import Story
 from zemosaic.report.verdict import Map
-
-Say = Callable[..., str]
+from zemosaic.report.words import Words
 
 # Stand-ins that nothing else is drawn in, and what they become.
 INK, MUTED, LINE = "#0a0b0c", "#0b0c0d", "#0c0d0e"
@@ -39,8 +38,9 @@ _COLOURS = {INK: "ink", MUTED: "muted", LINE: "line", BLUE: "blue", AMBER: "ambe
 #: Middle tones that are seen on white and on black alike.
 LOT_COLOURS = ("#4c8dd6", "#e08a3c", "#4aa873", "#d2607a", "#9a78cf", "#b9922f", "#3fa6ad", "#a4745c")
 
-_WIDTH = 4.6  # inches
-_TEXT = 8.0  # points
+_WIDTH, _WIDE = 4.6, 5.2  # inches
+_TALLEST = 5.5
+_TEXT = 8.5  # points
 _NIGHT, _PAUSE = 18 * 60, 7 * 60  # minutes: frames of one night; between two nights
 _MOST_ARROWS = 500
 _MOST_LABELS = 40
@@ -92,11 +92,10 @@ def _for_page(svg: str) -> str:
 def map_figure(
     name: str,
     each: Map,
-    label: str,
+    shape: tuple[int, int],
     *,
-    zero: bool = False,
     limits: tuple[float, float] | None = None,
-    colours: str = "viridis",
+    colours: str | Colormap = "viridis",
     extra: Callable[[Axes], None] | None = None,
 ) -> str:
     """A map over the mosaic with a colour bar.
@@ -106,27 +105,24 @@ def map_figure(
     name : str
         See `plot`.
     each : Map
-    label : str
-        Of the colour bar.
-    zero : bool
-        The quantity is as good below zero as above; its colours are symmetric.
+    shape : tuple of int
+        ``(ny, nx)`` of the mosaic: what of the map's cells reaches beyond it is cut off.
     limits : tuple of float, optional
         Of the colours; the 1st and 99th percentile if left out.
-    colours : str
-        A colour map of matplotlib, if not `zero`.
+    colours : str or Colormap
+        `DIVERGING` for what is as good below zero as above.
     extra : callable
         Draws on the axes, which are in mosaic pixels.
     """
     rows, columns = each.values.shape
     width, height = columns * each.width, rows * each.height
-    low, high = limits or _limits(each.values, zero)
-    colour_map: Colormap | str = DIVERGING if zero else colours
+    low, high = limits or np.nanpercentile(each.values, (1, 99))
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         image = axes.imshow(
             each.values,
-            cmap=colour_map,
+            cmap=colours,
             vmin=low,
             vmax=high,
             origin="lower",
@@ -135,15 +131,14 @@ def map_figure(
         )
         if extra:
             extra(axes)
-        _map_axes(axes)
-        bar = figure.colorbar(image, ax=axes, orientation="horizontal", aspect=40, pad=0.13, shrink=0.9)
-        bar.set_label(label, size=_TEXT)
+        _map_axes(axes, shape)
+        bar = figure.colorbar(image, ax=axes, orientation="horizontal", aspect=40, pad=0.16, shrink=0.9)
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=2, labelsize=_TEXT - 0.5)
         bar.locator = MaxNLocator(6)
         bar.update_ticks()
 
-    return plot(name, (_WIDTH, min(5.2, _WIDTH * height / width + 0.9)), draw)
+    return plot(name, (_WIDTH, _height(shape, _WIDTH) + 0.5), draw)
 
 
 def mark_seams(seams: Sequence[Seam]) -> Callable[[Axes], None]:
@@ -170,7 +165,7 @@ def mark_defects(trails: Sequence[Trail], holes: Sequence[Hole]) -> Callable[[Ax
 
 
 def vector_figure(
-    name: str, vectors: NDArray[np.float64], lots: NDArray[np.int64], shape: tuple[int, int], scale: float, say: Say
+    name: str, vectors: NDArray[np.float64], lots: NDArray[np.int64], shape: tuple[int, int], scale: float, say: Words
 ) -> str:
     """Arrows of the median residual of every frame (or of catalogue stars), at most `_MOST_ARROWS` of them.
 
@@ -197,8 +192,7 @@ def vector_figure(
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        axes.set(xlim=(-0.5, shape[1] - 0.5), ylim=(-0.5, shape[0] - 0.5), aspect="equal")
-        _map_axes(axes)
+        _map_axes(axes, shape)
         arrows = axes.quiver(
             x,
             y,
@@ -210,16 +204,20 @@ def vector_figure(
             scale_units="width",
             width=0.004,
         )
-        text = say("plot_arrow", px=key) + (f" = {key * scale:.2g}″" if np.isfinite(scale) else "")
-        axes.quiverkey(arrows, 0.06, 1.05, key, text, labelpos="E", color=INK, labelcolor=INK)
+        text = say("plot_arrow", px=say.short(key)) + (
+            f" = {say.number(key * scale, 2)}″" if np.isfinite(scale) else ""
+        )
+        axes.quiverkey(arrows, 0.09, 0.06, key, text, labelpos="E", color=INK, labelcolor=INK)
 
-    return plot(name, (_WIDTH, min(5.2, _WIDTH * shape[0] / shape[1] + 0.5)), draw)
+    return plot(name, (_WIDTH, _height(shape, _WIDTH)), draw)
 
 
-def offsets_figure(name: str, lots: Sequence[LotLine], axis: str, limits: tuple[float, float], label: str) -> str:
+def offsets_figure(
+    name: str, lots: Sequence[LotLine], axis: str, limits: tuple[float, float], unit: str, label: str
+) -> str:
     """How far every lot is off, with errors, between the thresholds; `axis` is "gain" or "sky" of the lots' lines.
 
-    `limits` are warning and fault in the unit of the lines.
+    `limits` are warning and fault in `unit`, that of the lines; `label` is of the axis of the lots.
     """
     place = np.array([line.lot + 1 for line in lots], float)
     value = np.array([getattr(line, axis) for line in lots])
@@ -234,13 +232,13 @@ def offsets_figure(name: str, lots: Sequence[LotLine], axis: str, limits: tuple[
         axes.errorbar(place, value, np.nan_to_num(error), fmt="o", ms=3.5, lw=1, color=BLUE)
         _plain_axes(axes)
         reach = max(1.3 * limits[0], 1.15 * float(np.nanmax(np.abs(value) + np.nan_to_num(error), initial=0)))
-        axes.set(ylim=(-reach, reach), xlim=(place.min() - 0.7, place.max() + 0.7), ylabel=label[0].upper() + label[1:])
+        axes.set(ylim=(-reach, reach), xlim=(place.min() - 0.7, place.max() + 0.7), ylabel=unit, xlabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
 
     return plot(name, (_WIDTH, 1.7), draw)
 
 
-def footprint_figure(lots: Sequence[LotLine], story: Story, say: Say) -> str:
+def footprint_figure(lots: Sequence[LotLine], story: Story, say: Words) -> str:
     """Outlines of the lots on the sky, in degrees from the middle of the mosaic, and where north and east are."""
     ny, nx = story.shape
     degrees = story.scale / 3600
@@ -264,27 +262,27 @@ def footprint_figure(lots: Sequence[LotLine], story: Story, say: Say) -> str:
         axes.set(xlabel=say("plot_degrees_x"), ylabel=say("plot_degrees_y"))
         _compass(axes, story, say)
 
-    return plot("footprint", (_WIDTH, min(5.2, _WIDTH * ny / nx + 0.5)), draw)
+    return plot("footprint", (_WIDE, _height(story.shape, _WIDE)), draw)
 
 
 def _gathered(lots: Sequence[LotLine], reach: float) -> dict[tuple[float, float], list[int]]:
     """Numbers of the lots whose middles lie within `reach` of each other, by place."""
     found: dict[tuple[float, float], list[int]] = {}
     for line in lots:
-        x, y = (float(v) for v in line.outline.mean(axis=0))
+        x, y = (float(v) for v in (line.outline.min(axis=0) + line.outline.max(axis=0)) / 2)
         near = next((place for place in found if np.hypot(place[0] - x, place[1] - y) < reach), (x, y))
         found.setdefault(near, []).append(line.lot + 1)
     return found
 
 
-def _compass(axes: Axes, story: Story, say: Say) -> None:
+def _compass(axes: Axes, story: Story, say: Words) -> None:
     """Arrows to north and east in the upper right corner."""
     assert story.sky is not None
     for (x, y), name in ((story.sky.north, say("plot_north")), (story.sky.east, say("plot_east"))):
         axes.annotate(
             name,
-            (0.93, 0.86),
-            xytext=(16 * x, 16 * y),
+            (0.95, 0.84),
+            xytext=(22 * x, 22 * y),
             xycoords="axes fraction",
             textcoords="offset points",
             ha="center",
@@ -294,7 +292,7 @@ def _compass(axes: Axes, story: Story, say: Say) -> None:
         )
 
 
-def frames_figure(records: Sequence[FrameRecord], say: Say) -> str:
+def frames_figure(records: Sequence[FrameRecord], say: Words) -> str:
     """FWHM, sky and gain of all measured frames over time, with their histograms; "" if none was measured."""
     measured = [r for r in records if np.isfinite(r.fwhm) or np.isfinite(r.sky)]
     if not measured:
@@ -336,7 +334,7 @@ def frames_figure(records: Sequence[FrameRecord], say: Say) -> str:
         else:
             axes.set_xlabel(say("plot_number"))
 
-    return plot("frames", (_WIDTH * 1.35, 4.2), draw)
+    return plot("frames", (_WIDE, 4.2), draw)
 
 
 def _time_axis(records: Sequence[FrameRecord]) -> tuple[NDArray[Any], list[float]]:
@@ -366,7 +364,7 @@ def _moment(date: str) -> float | None:
     )
 
 
-def waterfall_figure(phases: Sequence[Phase], titles: Sequence[str], say: Say) -> str:
+def waterfall_figure(phases: Sequence[Phase], titles: Sequence[str], say: Words) -> str:
     """When each phase ran, and for how long."""
     total = sum(phase.seconds for phase in phases) or 1.0
 
@@ -388,14 +386,21 @@ def waterfall_figure(phases: Sequence[Phase], titles: Sequence[str], say: Say) -
                 ha="right" if left else "left",
                 va="center",
             )
-        axes.set(ylim=(len(phases) - 0.4, -0.6), yticks=[], xlabel=say("plot_seconds"))
+        axes.set(ylim=(len(phases) - 0.4, -0.6), xlim=(0, None), yticks=[], xlabel=say("plot_seconds"))
         _plain_axes(axes, "x")
         axes.spines["left"].set_visible(False)
 
-    return plot("time", (_WIDTH * 1.35, 0.27 * len(phases) + 0.6), draw)
+    return plot("time", (_WIDE, 0.27 * len(phases) + 0.6), draw)
 
 
-def _map_axes(axes: Axes) -> None:
+def _height(shape: tuple[int, int], width: float) -> float:
+    """Inches that a picture of the mosaic takes, with room for the labels of its axes."""
+    return min(_TALLEST, width * shape[0] / shape[1] + 0.4)
+
+
+def _map_axes(axes: Axes, shape: tuple[int, int]) -> None:
+    axes.set(xlim=(-0.5, shape[1] - 0.5), ylim=(-0.5, shape[0] - 0.5), aspect="equal")
+    axes.set_xlabel("px", size=_TEXT - 1, labelpad=1)
     axes.tick_params(length=2, labelsize=_TEXT - 1)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -407,14 +412,6 @@ def _plain_axes(axes: Axes, grid: str = "y") -> None:
     axes.tick_params(length=0)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-
-
-def _limits(values: NDArray[np.float32], zero: bool) -> tuple[float, float]:
-    low, high = (float(v) for v in np.nanpercentile(values, (1, 99)))
-    if zero:
-        high = max(abs(low), abs(high)) or 1.0
-        return -high, high
-    return low, high if high > low else low + 1.0
 
 
 def _round_number(value: float) -> float:

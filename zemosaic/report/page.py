@@ -242,8 +242,8 @@ def _facts(story: Story, say: Words) -> list[dict[str, str]]:
         more = say("fact_field", width=width, height=height, scale=say.number(story.scale))
         rows[0] = (*rows[0][:2], more)
     if exposures:
-        typical = say.number(float(np.median(exposures)))
-        more = say("fact_exposure_more", n=len(exposures), seconds=typical)
+        typical = float(np.median(exposures))
+        more = say("fact_exposure_more", n=len(exposures), seconds=say.short(typical))
         rows.insert(2, ("fact_exposure", duration(sum(exposures)), more))
     return [{"name": say(key), "value": value, "more": more} for key, value, more in rows]
 
@@ -257,12 +257,12 @@ def _frames(story: Story, verdict: Verdict | None, say: Words) -> dict[str, Any]
     sky = story.sky
     cpu = sum(phase.cpu for phase in story.phases)
     return {
-        "frames_svg": Markup(figures.frames_figure(list(story.ledger), say)),
-        "footprint": Markup(figures.footprint_figure(lots, story, say)) if lots and sky else "",
+        "frames_svg": Markup(say.figure(figures.frames_figure(list(story.ledger), say))),
+        "footprint": Markup(say.figure(figures.footprint_figure(lots, story, say))) if lots and sky else "",
         "lots_note": say("lots_note", ra=f"{say.number(sky.ra, 6)}°", dec=f"{say.number(sky.dec, 6)}°") if sky else "",
         "lot_columns": [say("lot"), *(say(f"lot_{name}") for name in _LOT_COLUMNS)],
         "lot_rows": _lot_rows(story, verdict, say),
-        "time_svg": Markup(figures.waterfall_figure(story.phases, titles, say)) if story.phases else "",
+        "time_svg": Markup(say.figure(figures.waterfall_figure(story.phases, titles, say))) if story.phases else "",
         "time_note": say("time_note", seconds=say.number(story.seconds), cpu=say.number(cpu)),
     }
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from zemosaic.report.evidence import Evidence, Floats, Ints
+from zemosaic.report.evidence import SIDE_POINTS, Evidence, Floats, Ints
 from zemosaic.report.surface import CELL, Surface, nan_median
 from zemosaic.tiles import FloatImage, Window
 
@@ -27,6 +27,7 @@ BLOCK_CELLS = 3  # cells along the side of a block of `block_steps`: 24 px
 _BLOCK_SHARE = 0.4  # of a block that must be free of sources
 _LINES = np.arange(-4, 5)
 _CONTROLS = (-3, -2, 2, 3)
+_PIECE = 80.0  # px, least length of a piece of border, if the frame is large enough
 _SAMPLES = 8  # points along a piece of border
 _MAX_PIECES = 20_000
 _BATCH = 4000  # pieces that are measured at a time, for the memory
@@ -173,9 +174,12 @@ def measure_seams(evidence: Evidence, surface: Surface) -> SeamFigures:
 
 
 def frame_borders(evidence: Evidence) -> Borders:
-    """The outlines of all frames, in pieces; every so many of them where the frames are very many."""
+    """The outlines of all frames, in pieces of `_PIECE` px or more; not all pieces where the frames are very many."""
     assert evidence.frames is not None
-    start = evidence.frames.outline
+    outline = evidence.frames.outline
+    spacing = float(np.median(np.hypot(*np.moveaxis(np.diff(outline, axis=1), 2, 0))))
+    # Short pieces of small frames are joined: a star's wing must not make up half of one.
+    start = outline[:, :: 2 ** int(np.clip(np.ceil(np.log2(_PIECE / max(spacing, 1e-9))), 0, np.log2(SIDE_POINTS)))]
     edge = np.roll(start, -1, axis=1) - start
     length = np.hypot(edge[..., 0], edge[..., 1])
     middle = start + edge / 2

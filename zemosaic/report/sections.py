@@ -16,19 +16,19 @@ from zemosaic.report import figures
 from zemosaic.report.seams import Seam
 from zemosaic.report.story import Story
 from zemosaic.report.thresholds import GRADES, THRESHOLDS
-from zemosaic.report.verdict import Figure, Map, Verdict
+from zemosaic.report.verdict import Figure, Verdict
 from zemosaic.report.words import NO_BREAK, Words
 from zemosaic.tiles import FloatImage
 
 _THUMBNAIL = 96  # px
-_THUMBNAIL_BLUR = 2.0  # px: a step of a fraction of the noise is seen only where noise is averaged
-_THUMBNAIL_SPAN = 3.0  # noises of a blurred pixel between middle grey and black or white
+_THUMBNAIL_BLUR = 2.5  # px: a step of a fraction of the noise is seen only where noise is averaged
+_THUMBNAIL_SPAN = 3.5  # noises of a blurred pixel between middle grey and black or white
 _UNITS = {"sigma": "σ"}
 
 
 def judged(story: Story, verdict: Verdict | None, say: Words) -> dict[str, Any]:
     if verdict is None:
-        return {"sections": [], "findings": [], "seams": [], "outlines": [], "sigma_note": "", "worst_note": ""}
+        return {"sections": [], "findings": [], "seams": [], "outlines": [], "sigma_note": ""}
     drawn = _figures(story, verdict, say)
     groups: dict[str, list[Figure]] = {}
     for figure in verdict.figures:
@@ -59,7 +59,6 @@ def judged(story: Story, verdict: Verdict | None, say: Words) -> dict[str, Any]:
             for line in verdict.lots
         ],
         "sigma_note": say("sigma_note", noise=noise),
-        "worst_note": say("worst_note", span=say.number(_THUMBNAIL_SPAN / _averaged())),
     }
 
 
@@ -71,9 +70,9 @@ def _row(figure: Figure, story: Story, say: Words) -> dict[str, Any]:
     if known and unit == "px" and math.isfinite(story.scale):
         value += f" ({say.number(figure.value * story.scale)}″)"
     if math.isfinite(figure.fail):
-        limit = say("limit_fail", warn=say.number(figure.warn), fail=say.number(figure.fail))
+        limit = say("limit_fail", warn=say.short(figure.warn), fail=say.short(figure.fail))
     elif math.isfinite(figure.warn):
-        limit = say("limit_warn", warn=say.number(figure.warn))
+        limit = say("limit_warn", warn=say.short(figure.warn))
     else:
         limit = say("limit_note")
     colours = ""
@@ -105,26 +104,32 @@ def _figures(story: Story, verdict: Verdict, say: Words) -> dict[str, list[dict[
     found: dict[str, list[dict[str, Any]]] = {}
 
     def add(group: str, key: str, svg: str, title: str = "") -> None:
-        figure = {"title": say(title or f"map_{key}"), "note": say(f"note_{key}"), "svg": Markup(svg)}
+        figure = {"title": say(title or f"map_{key}"), "note": say(f"note_{key}"), "svg": Markup(say.figure(svg))}
         found.setdefault(group, []).append(figure)
+
+    def reach(key: str, limit: str, unit: float = 1.0) -> float:
+        """Up to where the colours of a map go: what is a fault, and what is there."""
+        there = np.nanpercentile(np.abs(maps[key].values), 99) if key in maps else 0.0
+        return max(THRESHOLDS[limit].fail * unit, float(there))
 
     def add_map(group: str, key: str, title: str = "", **options: Any) -> None:
         if key in maps:
-            label = say(title or f"map_{key}")
-            add(group, key, figures.map_figure(key, maps[key], label, **options), title)
+            add(group, key, figures.map_figure(key, maps[key], story.shape, **options), title)
 
-    top = max(THRESHOLDS["seam_p95"].fail, _high(maps.get("seam")))
-    add_map("seams", "seam", limits=(0.0, top), colours="inferno", extra=figures.mark_seams(measures.seams.worst))
-    add_map("levels", "level", zero=True)
-    add_map("photometry", "zero_point", zero=True)
-    for group, axis, key, unit in (
-        ("levels", "sky", "lot_sky", min(verdict.noise)),
-        ("photometry", "gain", "lot_gain", 1.0),
+    noise = min(verdict.noise)
+    seams = figures.mark_seams(measures.seams.worst)
+    add_map("seams", "seam", limits=(0.0, reach("seam", "seam_p95")), colours="inferno", extra=seams)
+    for group, key, limit, unit in (
+        ("levels", "level", "level_rms", noise),
+        ("photometry", "zero_point", "phot_uniformity", 1.0),
     ):
-        limit = THRESHOLDS[key]
+        top = reach(key, limit, unit)
+        add_map(group, key, limits=(-top, top), colours=figures.DIVERGING)
+    for group, axis, key, unit in (("levels", "sky", "lot_sky", "ADU"), ("photometry", "gain", "lot_gain", "mmag")):
+        scale = noise if THRESHOLDS[key].unit == "sigma" else 1.0
+        limits = THRESHOLDS[key].warn * scale, THRESHOLDS[key].fail * scale
         if any(math.isfinite(getattr(line, axis)) for line in lots):
-            limits = limit.warn * unit, limit.fail * unit
-            add(group, key, figures.offsets_figure(key, lots, axis, limits, say(f"map_{key}")))
+            add(group, key, figures.offsets_figure(key, lots, axis, limits, unit, say("lot")))
     vectors, frames = measures.astrometry.vectors, verdict.frames
     if frames is not None and np.isfinite(vectors).all(axis=1).any():
         svg = figures.vector_figure("vectors", vectors, frames.lot, story.shape, story.scale, say)
@@ -137,21 +142,18 @@ def _figures(story: Story, verdict: Verdict, say: Words) -> dict[str, list[dict[
             "catalogue",
             figures.vector_figure("catalogue", stars, none, story.shape, story.scale, say),
         )
-    add_map("noise", "noise", "" if frames is not None else "map_noise_alone")
-    add_map("sharpness", "fwhm")
-    add_map("sharpness", "ellipticity")
+    if frames is not None:
+        add_map("noise", "noise", limits=(0.0, reach("noise", "noise_ratio")))
+    else:
+        add_map("noise", "noise", "map_noise_alone")
+    if "fwhm" in maps:
+        middle = float(np.nanmedian(maps["fwhm"].values))
+        fault = THRESHOLDS["fwhm_evenness"].fail
+        add_map("sharpness", "fwhm", limits=(middle / fault, reach("fwhm", "fwhm_evenness", middle)))
+    add_map("sharpness", "ellipticity", limits=(0.0, reach("ellipticity", "ellipticity")))
     marks = figures.mark_defects(measures.trails, measures.holes)
     add_map("defects", "coverage", extra=marks)
     return found
-
-
-def _high(each: Map | None) -> float:
-    return float(np.nanpercentile(each.values, 99)) if each is not None else 0.0
-
-
-def _averaged() -> float:
-    """How many times a blur with `_THUMBNAIL_BLUR` reduces independent noise."""
-    return 2 * math.sqrt(math.pi) * _THUMBNAIL_BLUR
 
 
 def _worst(seam: Seam, verdict: Verdict, say: Words) -> dict[str, Any]:
@@ -160,7 +162,6 @@ def _worst(seam: Seam, verdict: Verdict, say: Words) -> dict[str, Any]:
     dx, dy = math.cos(angle), -math.sin(angle)
     ticks = " ".join(f"M{s * 36 * dx:.1f} {s * 36 * dy:.1f}L{s * 72 * dx:.1f} {s * 72 * dy:.1f}" for s in (-1, 1))
     row, half = verdict.shape[0] - 1 - seam.y, max(40.0, verdict.shape[1] / 90)
-    noise = float(np.mean(verdict.noise)) / math.sqrt(len(verdict.noise))
     where = f"x {seam.x:.0f}, y {seam.y:.0f}"
     if seam.lot >= 0:
         where += ", " + say("worst_lot", lot=seam.lot + 1)
@@ -168,29 +169,43 @@ def _worst(seam: Seam, verdict: Verdict, say: Words) -> dict[str, Any]:
         "x": f"{seam.x:.1f}",
         "y": f"{seam.y:.1f}",
         "path": f"M{seam.x - half * dx:.0f} {row - half * dy:.0f}L{seam.x + half * dx:.0f} {row + half * dy:.0f}",
-        "data": _thumbnail(seam, noise),
+        "data": _thumbnail(seam),
         "ticks": ticks,
         "text": say("worst_step", step=say.signed(seam.step), adu=say.signed(seam.step_adu)),
         "where": where,
     }
 
 
-def _thumbnail(seam: Seam, noise: float) -> str:
-    """Base64 of a grey PNG of a seam, which lies in its middle; `noise` is that of a pixel of the thumbnail."""
+def _thumbnail(seam: Seam) -> str:
+    """Base64 of a grey PNG of a seam, which lies in its middle."""
     whole = np.full((_THUMBNAIL, _THUMBNAIL), np.nan, np.float32)
     window, half = seam.window, _THUMBNAIL // 2
     y0, x0 = window.y0 - (int(seam.y) - half), window.x0 - (int(seam.x) - half)
     part = seam.thumbnail[: _THUMBNAIL - y0, : _THUMBNAIL - x0]
     whole[y0 : y0 + part.shape[0], x0 : x0 + part.shape[1]] = part
-    grey = np.where(np.isfinite(whole), _grey(whole, noise), np.uint8(0))
+    grey = np.where(np.isfinite(whole), _grey(whole), np.uint8(0))
     return base64.b64encode(cv2.imencode(".png", np.ascontiguousarray(grey[::-1]))[1].tobytes()).decode()
 
 
-def _grey(image: FloatImage, noise: float) -> NDArray[np.uint8]:
+def _grey(image: FloatImage) -> NDArray[np.uint8]:
+    """A picture ``(h, w)`` in which a faint step is seen: slope taken off, stars capped, smoothed, stretched."""
     there = np.isfinite(image)
-    middle = float(np.median(image[there])) if there.any() else 0.0
-    # Stars must not smear over the step.
-    filled = np.where(there, np.clip(image - middle, -5 * noise, 5 * noise), 0).astype(np.float32)
-    smooth = cv2.GaussianBlur(filled, (0, 0), _THUMBNAIL_BLUR)
-    span = _THUMBNAIL_SPAN * noise / _averaged()
+    y, x = np.nonzero(there)
+    if len(x) < 3:
+        return np.zeros(image.shape, np.uint8)
+    design = np.stack([np.ones_like(x), x, y], axis=1).astype(float)
+    flat = np.zeros(image.shape)
+    flat[there] = image[there]
+    # Twice, the second time without the stars; a plane cannot take a step off.
+    for _ in range(2):
+        plane = np.linalg.lstsq(design, flat[there], rcond=None)[0]
+        flat[there] -= design @ plane
+        limit = 3 * _spread(flat[there])
+        flat[there] = np.clip(flat[there], -limit, limit)
+    smooth = cv2.GaussianBlur(flat, (0, 0), _THUMBNAIL_BLUR)
+    span = _THUMBNAIL_SPAN * _spread(smooth[there])
     return np.clip(128 + 127 * smooth / max(span, 1e-9), 0, 255).astype(np.uint8)
+
+
+def _spread(values: NDArray) -> float:
+    return 1.4826 * float(np.median(np.abs(values - np.median(values))))

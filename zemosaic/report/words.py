@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,6 +49,14 @@ class Words:
         if float(text) == 0:
             text = "0"
         return text.replace("-", "−").replace(".", self.catalogue["decimal"])
+
+    def short(self, value: float) -> str:
+        """A round number, without zeros at its end."""
+        return f"{value:g}".replace(".", self.catalogue["decimal"])
+
+    def figure(self, svg: str) -> str:
+        """A plot with its numbers written as the page writes them."""
+        return re.sub(r">([−\d]\d*)\.(\d+)<", rf">\1{self.catalogue['decimal']}\2<", svg)
 
     def signed(self, value: float, error: float | None = None) -> str:
         """With its sign, and its error if it has one."""

@@ -104,6 +104,7 @@ def solve(
     hints: Sequence[Hint],
     catalogue: Catalogue,
     *,
+    wider: bool = True,
     blind: bool = True,
     certain: float = CERTAIN,
 ) -> Solution:
@@ -121,6 +122,8 @@ def solve(
         Where to look first; all are tried, then all wider.
     catalogue : Catalogue
         Stars with known positions: `load_catalogue`, or any other for hinted solving.
+    wider : bool
+        Whether to look further around the hints than they say, after that.
     blind : bool
         Whether to look at the whole sky in the end. The index for that is built once per process and catalogue (a few
         seconds, some 150 MB for each of up to four sizes of fields) and shared by all threads.
@@ -137,7 +140,7 @@ def solve(
         raise SolveError(f"its {len(stars)} stars are too few to find it on the sky")
     tried: dict[str, None] = {}
     pairs = 1
-    for attempt in _attempts(stars, shape, hints, catalogue, blind):
+    for attempt in _attempts(stars, shape, hints, catalogue, _WIDER if wider else _WIDER[:1], blind):
         tried[attempt.name] = None
         pairs += attempt.places.pairs
         for fit in _candidates(attempt, stars, shape):
@@ -172,17 +175,22 @@ def _neighbourhood(catalogue: Catalogue, placement: Placement) -> Catalogue:
 
 
 def _attempts(
-    stars: NDArray[np.float64], shape: tuple[int, int], hints: Sequence[Hint], catalogue: Catalogue, blind: bool
+    stars: NDArray[np.float64],
+    shape: tuple[int, int],
+    hints: Sequence[Hint],
+    catalogue: Catalogue,
+    factors: Sequence[float],
+    blind: bool,
 ) -> Iterator[_Attempt]:
     likely = [hint for hint in hints if hint.scale is None or _is_possible(hint.scale, shape)]
-    for wider in _WIDER:
+    for factor in factors:
         for hint in likely:
-            radius = wider * min(hint.radius, _FARTHEST)
+            radius = factor * min(hint.radius, _FARTHEST)
             if hint.ra is None or hint.dec is None or radius > _FARTHEST:
                 continue
             if hint.scale is not None:
                 yield from _near(stars, shape, hint, radius, catalogue)
-            elif wider < _WIDER[-1]:  # all levels of a large circle cost as much as the whole sky
+            elif factor < _WIDER[-1]:  # all levels of a large circle cost as much as the whole sky
                 yield from _near_at_any_scale(stars, shape, hint, radius, catalogue)
     if blind:
         for scale, error in dict.fromkeys((h.scale, h.scale_error) for h in likely):

@@ -193,7 +193,7 @@ class _Solving:
         return {i: _better(places[i], found[i]) for i in todo}
 
     def _near(self, todo: Sequence[int]) -> dict[int, Place]:
-        return self._each(todo, [hint_of(self.frames[i]) for i in todo], "solve", blind=False)
+        return self._each(todo, [hint_of(self.frames[i]) for i in todo], "solve", lost=False)
 
     def _among_siblings(self, todo: Sequence[int], known: Mapping[int, Place]) -> dict[int, Place]:
         """Frames too shallow to be recognised, by what they have in common with others of the same camera."""
@@ -222,10 +222,11 @@ class _Solving:
         found: dict[int, Place] = {}
         hints = _hints_near(known)
         misses = 0
-        for start in range(0, len(todo), max(1, self.workers)):
-            part = todo[start : start + max(1, self.workers)]
-            blind = misses < _HOPELESS
-            new = self._each(part, [(*hints, *hint_of(self.frames[i])) for i in part], "solve_lost", blind=blind)
+        # In parts of a fixed size, whatever the number of workers: when to give up must not depend on that.
+        for start in range(0, len(todo), _HOPELESS):
+            part = todo[start : start + _HOPELESS]
+            wide = [(*hints, *hint_of(self.frames[i])) for i in part]
+            new = self._each(part, wide, "solve_lost", lost=True, blind=misses < _HOPELESS)
             misses += sum(place.wcs is None for place in new.values())
             if any(place.wcs is not None for place in new.values()):
                 misses = 0
@@ -233,12 +234,12 @@ class _Solving:
         return found
 
     def _each(
-        self, todo: Sequence[int], hints: Sequence[tuple[Hint, ...]], stage: str, *, blind: bool
+        self, todo: Sequence[int], hints: Sequence[tuple[Hint, ...]], stage: str, *, lost: bool, blind: bool = False
     ) -> dict[int, Place]:
         def work(pair: tuple[int, tuple[Hint, ...]]) -> Place:
             self.events.check_stop()
             i, near = pair
-            return self.recall(self.frames[i], lambda: self._one(i, near, blind))
+            return self.recall(self.frames[i], lambda: self._one(i, near, lost, blind))
 
         found: dict[int, Place] = {}
         pairs = list(zip(todo, hints, strict=True))
@@ -247,13 +248,13 @@ class _Solving:
             self.events.progress(stage, n, len(todo))
         return found
 
-    def _one(self, i: int, hints: tuple[Hint, ...], blind: bool) -> Place:
+    def _one(self, i: int, hints: tuple[Hint, ...], lost: bool, blind: bool) -> Place:
         """The first solution, of all solvers in order, that the catalogue confirms."""
         frame, stars = self.frames[i], self.measures[i].stars
         reasons = []
-        for solver in self.order:
+        for solver in self.order if lost else self.order[:1]:
             try:
-                wcs = self._by(solver, frame, self.measures[i], hints, blind)
+                wcs = self._by(solver, frame, self.measures[i], hints, lost, blind)
             except (SolveError, FrameError) as problem:
                 reasons.append(f"{solver}: {problem}" if len(self.order) > 1 else str(problem))
                 continue
@@ -263,10 +264,12 @@ class _Solving:
             reasons.append(f"{solver}: its solution does not fit the stars")
         return Place(None, None, reason="; ".join(reasons))
 
-    def _by(self, solver: Solver, frame: Frame, measure: FrameMeasure, hints: tuple[Hint, ...], blind: bool) -> WCS:
+    def _by(
+        self, solver: Solver, frame: Frame, measure: FrameMeasure, hints: tuple[Hint, ...], lost: bool, blind: bool
+    ) -> WCS:
         stars, shape, stop = measure.stars, frame.shape, self.events.check_stop
         if solver == "embedded":
-            return solve(stars.x, stars.y, stars.flux, shape, hints, self.catalogue, blind=blind).wcs
+            return solve(stars.x, stars.y, stars.flux, shape, hints, self.catalogue, wider=lost, blind=blind).wcs
         brightness = stars.flux.sum(axis=1)
         if solver == "astrometry":
             options = astrometry_options(self.settings, stop)

@@ -9,11 +9,12 @@
   let zoom = 1, left = 0, top_ = 0;
 
   const size = () => ({ width: sheet.offsetWidth, height: sheet.offsetWidth * full.height / full.width });
-  const least = () => Math.min(1, viewer.clientHeight / size().height);
+  const least = () => Math.min(1, viewer.clientHeight / size().height) || 1;
   const inside = (offset, room, length) => length < room ? (room - length) / 2 : Math.min(0, Math.max(room - length, offset));
 
   function show() {
     const { width, height } = size();
+    if (!width || !viewer.clientHeight) return;  // not laid out, as while printing
     left = inside(left, viewer.clientWidth, width * zoom);
     top_ = inside(top_, viewer.clientHeight, height * zoom);
     sheet.style.transform = `translate(${left}px, ${top_}px) scale(${zoom})`;
