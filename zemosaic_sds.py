@@ -26,6 +26,7 @@ from zemosaic.combine import Clip, combine
 from zemosaic.events import Events
 from zemosaic.execute import thread_map
 from zemosaic.frames import Frame
+from zemosaic.live import LivePreview
 from zemosaic.resume import Results
 from zemosaic.settings import Settings
 from zemosaic.stacking import Stack, stack_subs
@@ -152,6 +153,7 @@ def assemble_global_mosaic_sds(
     workers: int = 1,
     preplan_path_groups: Sequence[Sequence[Path]] | None = None,
     results: Results = NOTHING_KEPT,
+    live: LivePreview | None = None,
 ) -> SdsResult:
     """The whole chain, from matched frames to the polished mosaic.
 
@@ -169,6 +171,8 @@ def assemble_global_mosaic_sds(
         Lots given by the user.
     results : Results, optional
         Mega-tiles of earlier runs, and where to keep those of this one.
+    live : LivePreview, optional
+        Shows the mega-tiles as they are finished.
 
     Raises
     ------
@@ -177,7 +181,9 @@ def assemble_global_mosaic_sds(
     """
     lots = plan_lots(subs, canvas, settings, events, preplan_path_groups)
     events.phase(5, "lots")
-    built = build_megatiles(lots, subs, sky, calibration, settings, events, store, workers=workers, results=results)
+    built = build_megatiles(
+        lots, subs, sky, calibration, settings, events, store, workers=workers, results=results, live=live
+    )
     if not built:
         raise SdsError("no lot has a frame that can be used")
     tiles, reports = [tile for tile, _ in built], tuple(report for _, report in built)
@@ -288,6 +294,7 @@ def build_megatiles(
     *,
     workers: int = 1,
     results: Results = NOTHING_KEPT,
+    live: LivePreview | None = None,
 ) -> list[tuple[Tile, LotReport]]:
     """One mega-tile per lot that has a usable frame, with a line in the log for each."""
     built = []
@@ -300,7 +307,12 @@ def build_megatiles(
             seconds = megatile[1].seconds
             events.info("sds_lot_done", index=index + 1, lots=len(lots), frames=len(lot.members), seconds=seconds)
             built.append(megatile)
+            if live:
+                live.add(megatile[0])
+                store.release()
     events.progress("sds_lots", len(lots), len(lots))
+    if live:
+        live.draw()
     return built
 
 

@@ -32,8 +32,10 @@ from zemosaic.coadd import Sub
 from zemosaic.events import Cancelled, Event, Events, render
 from zemosaic.execute import one_thread_each, worker_count
 from zemosaic.frames import FrameError
+from zemosaic.headers import printable
 from zemosaic.intake import Intake
 from zemosaic.ledger import FrameRecord, Ledger, LedgerError, TileRecord, fate
+from zemosaic.live import LivePreview
 from zemosaic.mastertile import TilePixels, read_master_tile, save_master_tile
 from zemosaic.photometry import Photometry
 from zemosaic.preview import PreviewSettings
@@ -54,6 +56,17 @@ EXIT_ASKED, EXIT_FALLBACK = 0, 3
 #: Share of the typical coverage that the classic routes keep; SDS has a setting of its own.
 CLASSIC_KEEP = 0.4
 
+#: What may go wrong before and after a route, each with a sentence of its own.
+_NAMED = (
+    FrameError,
+    CanvasError,
+    ProductError,
+    LedgerError,
+    WorkplaceError,
+    OSError,
+    MemoryError,
+    np.linalg.LinAlgError,
+)
 _logger = logging.getLogger("zemosaic")
 _MEMORY_SHARE = 0.6  # of the free memory, unless a budget is set
 _RESIDENT_TILES = 3 << 28  # bytes (768 MB): beyond it the system's file cache holds tiles just as well
@@ -104,6 +117,7 @@ class Job:
     preplan_path_groups: Sequence[Sequence[Path]] | None
     verdicts: Mapping[Path, Verdict]
     results: Results = field(default_factory=Results)
+    live: LivePreview | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +150,7 @@ def run_hierarchical_mosaic(
     preplan_path_groups: Sequence[Sequence[Path]] | None = None,
     progress_callback: Callable[[Event], None] | None = None,
     stop_requested: Callable[[], bool] | None = None,
+    live_preview: bool = False,
 ) -> RunResult:
     """Make a mosaic of everything in a folder.
 
@@ -155,6 +170,8 @@ def run_hierarchical_mosaic(
         Gets every `Event`.
     stop_requested : callable, optional
         Polled; True ends the run with `zemosaic.events.Cancelled`.
+    live_preview : bool
+        Whether pictures of the growing mosaic are written into ``OUT/.zemosaic`` (see `LivePreview`), for a window.
 
     Raises
     ------
@@ -182,6 +199,9 @@ def run_hierarchical_mosaic(
             job, intake = prepare_job(
                 inputs, output_folder, settings, events, store, budget, preplan_path_groups, cache
             )
+            if live_preview:
+                live = LivePreview(hidden, job.canvas.shape, events, preview_settings(settings))
+                job = replace(job, live=live)
             route, made, failures = run_routes(routes, job)
             tell_kept(cache, events)
             events.check_stop()
@@ -200,7 +220,7 @@ def run_hierarchical_mosaic(
             )
             if settings.report:
                 report(job, intake, made, facts, ledger, paths, chronicle)
-    except (FrameError, CanvasError, ProductError, LedgerError, WorkplaceError, OSError, MemoryError) as problem:
+    except _NAMED as problem:
         reason = f"{problem.path}: {problem}" if isinstance(problem, FrameError) else str(problem)
         events.failed("run_error_failed", reason=reason)
         raise RunError(reason or type(problem).__name__) from problem
@@ -326,6 +346,8 @@ def run_routes(routes: Sequence[str], job: Job) -> tuple[str, RouteResult, list[
     for route in routes:
         if failures:
             job.events.warning("run_warn_fallback", route=route)
+            if job.live:
+                job.live.clear()
         try:
             made = ROUTES[route](job)
             _with_data(made.mosaic)
@@ -356,6 +378,7 @@ def _sds(job: Job) -> RouteResult:
         workers=job.workers,
         preplan_path_groups=job.preplan_path_groups,
         results=job.results,
+        live=job.live,
     )
     outcomes = [Outcome(-1, 0, 0, "no lot took it")] * len(job.subs)
     tiles = []
@@ -460,6 +483,10 @@ def build_master_tiles(job: Job, folder: Path, outcomes: list[Outcome], records:
         records.append(TileRecord(index, made.tile.window, len(there), median, 1.0, seconds))
         events.info("run_info_master_tile", index=index + 1, tiles=len(groups), frames=len(there), seconds=seconds)
         events.count("master_tile", index + 1, len(groups))
+        if job.live:
+            job.live.add(made.tile)
+    if job.live:
+        job.live.draw()
     if not paths:
         raise RunError("no master tile could be made")
     return paths
@@ -628,7 +655,7 @@ def _facts(path: Path, intake: Intake, job: Job) -> dict[str, Any]:
 def short_names(files: Sequence[Path]) -> dict[Path, str]:
     """Every file by its path below the folder that holds them all."""
     folder = os.path.commonpath([p.parent for p in files])
-    return {p: Path(os.path.relpath(p, folder)).as_posix() for p in files}
+    return {p: printable(Path(os.path.relpath(p, folder)).as_posix()) for p in files}
 
 
 def product_facts(job: Job, route: str, made: RouteResult, failures: Sequence[str]) -> ProductFacts:

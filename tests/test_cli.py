@@ -227,11 +227,11 @@ def test_opencv_without_system_libraries_is_explained(tmp_path, subs, monkeypatc
 def fake_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("zemosaic.demo")
 
-    def make_field(folder: Path) -> None:
+    def make_demo(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "a.fit").touch()
 
-    module.__dict__["make_field"] = make_field
+    module.__dict__["make_demo"] = make_demo
     monkeypatch.setitem(sys.modules, "zemosaic.demo", module)
 
 

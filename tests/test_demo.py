@@ -160,7 +160,9 @@ def test_nebula_is_smooth_colourful_and_exact(tmp_path, shape):
 
 
 def test_real_stars_are_those_of_the_catalogue_and_the_invented_ones_are_fainter(tmp_path):
-    truth = make_field(tmp_path, frames=1, panels=(1, 1), real_stars=True, scale=8.0, center=(38.0, 61.0))
+    truth = make_field(
+        tmp_path, frames=1, panels=(1, 1), real_stars=True, scale=8.0, center=(38.0, 61.0), star_density=250.0
+    )
     known = load_catalogue().cone(38.0, 61.0, 1.0)
     sky, stars = (SkyCoord(ra, dec, unit="deg") for ra, dec in ((known.ra, known.dec), (truth.ra, truth.dec)))
     nearest, away, _ = stars.match_to_catalog_sky(sky)

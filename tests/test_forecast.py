@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from zemosaic import forecast as module
 from zemosaic.demo import make_field
 from zemosaic.events import Cancelled, Events
 from zemosaic.forecast import Forecast, forecast, match_time, phase_memory, phase_times
 from zemosaic.intake import scan
-from zemosaic.layout import Sizes, lay_out, sizes_of
+from zemosaic.layout import Layout, Sizes, lay_out, sizes_of
 from zemosaic.plan import make_plan, plan_json, plan_lines
 from zemosaic.probe import Cost, Probe, Trial, run_probe
 from zemosaic.settings import Settings
@@ -195,33 +194,45 @@ def test_known_phases_are_taken_as_they_are():
 @pytest.fixture(scope="module")
 def subs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("subs")
-    make_field(folder, panels=(3, 1), frames=12, shape=(240, 320), seed=9)
+    make_field(folder, panels=(2, 1), frames=10, shape=(200, 280), seed=9)
     return folder
 
 
-def test_the_memory_of_a_real_run_is_foreseen(subs: Path, tmp_path: Path):
-    """Traced, so that neither other tests nor the heap have a say; the traced frames of the probe are 2 of 12."""
-    settings = Settings(route="sds", num_processing_workers=1, solver_method="none")
-    layout = lay_out(scan([subs], 1, Events()).frames, settings)
-    probe = run_probe(layout, range(4), "sds", settings, Events())
-    resident = resident_bytes(settings, 1 << 40)
-    phases, _ = phase_memory(sizes_of(layout, "sds", settings), replace(probe, base=0, unseen=0), resident)
+SETTINGS = Settings(route="sds", num_processing_workers=1, solver_method="none")
+
+
+@pytest.fixture(scope="module")
+def probed(subs: Path) -> tuple[Layout, Probe]:
+    heard = []
+    layout = lay_out(scan([subs], 1, Events()).frames, SETTINGS)
+    probe = run_probe(layout, range(4), "sds", SETTINGS, Events(heard.append))
+    assert [event.values["current"] for event in heard if event.kind == "progress"] == [0, 1, 2, 3, 4]
+    return layout, probe
+
+
+def test_the_memory_of_a_real_run_is_foreseen(probed: tuple[Layout, Probe], subs: Path, tmp_path: Path):
+    """Traced, so that neither other tests nor the heap have a say; the traced frames of the probe are 2 of 10."""
+    layout, probe = probed
+    resident = resident_bytes(SETTINGS, 1 << 40)
+    phases, _ = phase_memory(sizes_of(layout, "sds", SETTINGS), replace(probe, base=0, unseen=0), resident)
     tracemalloc.start()
-    run_hierarchical_mosaic(subs, tmp_path, settings)
+    run_hierarchical_mosaic(subs, tmp_path, SETTINGS)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert max(phases.values()) == pytest.approx(peak, rel=0.2)
-    assert max(module._phase_bytes(probe.timed.sizes, probe, resident).values()) < peak
 
 
-def test_a_forecast_of_a_real_field_names_every_phase(subs: Path):
-    heard = []
-    plan = make_plan(
-        [subs], Settings(sds_mode_default=True, solver_method="none"), Events(heard.append), startup=Cost(2.0, 3.0)
-    )
-    assert plan.problems == ()
+def test_the_forecast_of_a_plan_names_every_phase(
+    probed: tuple[Layout, Probe], subs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked = []
+    monkeypatch.setattr("zemosaic.plan.run_probe", lambda *call: asked.append(call) or probed[1])
+    settings = SETTINGS.model_copy(update={"route": "auto"})
+    plan = make_plan([subs], settings, sds=True, startup=Cost(2.0, 3.0))
+    ((layout, panel, route, *_),) = asked
+    assert layout is plan.layout and panel == max(plan.graph.panels, key=len) and route == "sds"
     made = plan.forecast
-    assert made is not None and made.route == "sds"
+    assert plan.problems == () and made is not None and made.route == "sds"
     cpu = {phase.phase: phase.cpu for phase in made.phases}
     assert set(cpu) >= {*PHASES, "phase_scan", "start"}
     assert cpu["start"] == 2.0 and cpu["phase_lots"] > 0 and cpu["phase_measure"] > 0
@@ -230,12 +241,10 @@ def test_a_forecast_of_a_real_field_names_every_phase(subs: Path):
     assert told["memory_bytes"]["low"] < told["memory_bytes"]["value"] == made.memory.value
     assert [p["phase"] for p in told["phases"]] == list(cpu)
     assert "Memory: " in "\n".join(plan_lines(plan)) and "Mémoire : " in "\n".join(plan_lines(plan, "fr"))
-    assert ("probe", 4) in [(e.values["stage"], e.values["current"]) for e in heard if e.kind == "progress"]
 
 
 def test_a_probe_can_be_stopped(subs: Path):
-    settings = Settings(route="sds", solver_method="none")
-    layout = lay_out(scan([subs], 1, Events()).frames, settings)
+    layout = lay_out(scan([subs], 1, Events()).frames, SETTINGS)
     asked = iter([False] * 5 + [True] * 1000)
     with pytest.raises(Cancelled):
-        run_probe(layout, range(6), "sds", settings, Events(stop_requested=lambda: next(asked)))
+        run_probe(layout, range(4), "sds", SETTINGS, Events(stop_requested=lambda: next(asked)))

@@ -118,6 +118,8 @@ def test_a_pointing_far_off_is_made_good_by_looking_wider():
     far, lost = (Hint(120.0, dec, radius=0.5, scale=S50.scale) for dec in (33.5, -36.0))
     found = solve(*frame.x_y_flux, S50.shape, [lost, far], load_catalogue(), blind=False)
     assert off(found.wcs, frame.wcs) < 0.7 and found.tried[-1] == "within 5° of 120.00° +33.50°"
+    with pytest.raises(SolveError, match=r"\(tried: within 0.5° of 120.00° \+33.50°\)$"):
+        solve(*frame.x_y_flux, S50.shape, [far], load_catalogue(), wider=False, blind=False)
 
 
 def test_neither_random_points_nor_other_places_are_solved():

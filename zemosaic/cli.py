@@ -134,7 +134,7 @@ def run(
 
         with json_progress() as listener:
             with _session(settings, warnings, listener) as mosaic:
-                result = mosaic(subs, out, sds=sds, preplan_path_groups=groups)
+                result = mosaic(subs, out, sds=sds, preplan_path_groups=groups, live_preview=True)
             listener.result(result.exit_status, result.product, result.route, result.summary)
         raise typer.Exit(result.exit_status)
     with _session(settings, warnings, _listener(_shown(verbose, quiet))) as mosaic:

@@ -266,7 +266,8 @@ def read_pixels(frame: Frame) -> FloatImage:
         else:
             raw = stored.view(_PIXEL_TYPES[image.bitpix])
         pixels = _to_adu(raw, image).reshape(image.axes)
-        _check_end(pixels.reshape(-1))
+        if image.bitpix > 0 and image.scaling[1]:
+            _check_end(pixels.reshape(-1), image.scaling[1])
     if image.channel_axis is not None:
         return np.ascontiguousarray(np.moveaxis(pixels, image.channel_axis, -1))
     return pixels.reshape(image.shape)
@@ -484,14 +485,15 @@ def _to_adu(raw: NDArray[Any], image: _Image) -> FloatImage:
     return pixels
 
 
-def _check_end(pixels: FloatImage) -> None:
+def _check_end(pixels: FloatImage, nothing: float) -> None:
     """Refuse pixels ``(n,)`` in the order of the file whose last part was never written.
 
-    Copying programs give a file its full length first; what has not arrived yet reads as zeros.
+    Copying programs give a file its full length first; what has not arrived yet reads as zeros, which stand for
+    `nothing` ADU. That is BZERO: where it is 0 itself, zeros may be the border of a frame.
     """
     last = pixels[-(pixels.size // 20) :]
-    if last.size and (last == last[0]).all() and not (pixels == last[0]).all():
-        raise HeaderError("ends in pixels of one value only: it was cut short or is still being written; copy it again")
+    if last.size and (last == np.float32(nothing)).all() and not (pixels == np.float32(nothing)).all():
+        raise HeaderError("ends in pixels that were never written: it was cut short or is still being copied")
 
 
 # ------------------------------------------------------------------------------------------------ sky

@@ -23,7 +23,7 @@ from zemosaic.events import Events
 from zemosaic.execute import thread_map
 from zemosaic.frames import Frame, FrameError, find_files, read_frame
 from zemosaic.headers import printable
-from zemosaic.measure import FrameMeasure, choose_aperture, measure_frame
+from zemosaic.measure import FrameMeasure, measure_frame, probe_aperture
 from zemosaic.photometry import Photometry, match_frames
 from zemosaic.resume import CHANGED, Results
 from zemosaic.settings import Settings
@@ -198,7 +198,8 @@ def measure_all(intake: Intake, calibration: Calibration, settings: Settings, wo
     frames = intake.frames
     hot = settings.hot_pixel_sigma if settings.hot_pixel_correction else None
     results = intake.results
-    aperture = results.aperture(frames, lambda: choose_aperture(frames, calibration))
+    probes = _probes(intake)
+    aperture = results.aperture(probes, lambda: probe_aperture(probes, calibration))
     scales = _typical_scales(frames)
     # Of the frames, not of the cameras: one odd frame must not change the aperture of all others.
     usual = [scales[camera] for camera in map(_camera, frames) if camera in scales]
@@ -224,6 +225,17 @@ def measure_all(intake: Intake, calibration: Calibration, settings: Settings, wo
     intake.drop(reasons, events)
     intake.measures = measures
     intake.measured = {frame.path: measure for frame, measure in zip(intake.frames, measures, strict=True)}
+
+
+def _probes(intake: Intake) -> list[Frame]:
+    """Frames to choose the aperture by, in an order that their contents decide, so that it is hardly ever another one
+    because of files that are no good: where frames are placed already, those of the field; of copies only one.
+    """
+    placed = [frame for frame in intake.frames if not _unplaced(frame)]
+    fit = [frame for frame, why in zip(placed, find_strays(placed), strict=True) if not why] or intake.frames
+    stamps = intake.stamps
+    order = {stamps[f.path].content if f.path in stamps else str(f.path): f for f in reversed(fit)}
+    return [order[content] for content in sorted(order)]
 
 
 def _camera(frame: Frame) -> Camera:

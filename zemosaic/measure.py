@@ -144,12 +144,20 @@ def choose_aperture(frames: Sequence[Frame], calibration: Calibration, *, probes
 
     That holds 99 % of a star's light in the core, so that a change of seeing hardly changes a flux.
     """
-    widths = []
-    for frame in frames[:: max(1, len(frames) // probes)][:probes]:
+    return probe_aperture(frames[:: max(1, len(frames) // probes)][:probes], calibration, probes=probes)
+
+
+def probe_aperture(order: Sequence[Frame], calibration: Calibration, *, probes: int = 7) -> Aperture:
+    """The same from the first few frames that show stars, however many of those before them show none."""
+    widths: list[float] = []
+    for frame in order[: 3 * probes]:
         with contextlib.suppress(FrameError):  # it is named when its turn comes
-            widths.append(measure_frame(frame, calibration, Aperture()).fwhm)
-    widths = [w for w in widths if np.isfinite(w)]
-    radius = max(5.0, 2.3 * float(np.median(widths))) if widths else Aperture().radius
+            width = measure_frame(frame, calibration, Aperture()).fwhm
+            widths += [width] if np.isfinite(width) else []
+        if len(widths) == probes:
+            break
+    # In coarse steps, so that a frame more or less hardly ever changes what all are measured with.
+    radius = max(5.0, round(2 * 2.3 * float(np.median(widths))) / 2) if widths else Aperture().radius
     return Aperture(radius, 1.4 * radius, 2.0 * radius)
 
 
@@ -205,6 +213,8 @@ def _structure(blocks: NDArray[np.float64]) -> float:
     The sky is the lower quartile of the blocks ``(by, bx)`` in fields of a fifth of the shorter side: in fields that
     large a satellite trail does not count.
     """
+    if not blocks.size:
+        return float("nan")
     side = max(1, min(blocks.shape) // _STRUCTURE_FIELDS)
     ny, nx = blocks.shape[0] // side, blocks.shape[1] // side
     fields = blocks[: ny * side, : nx * side].reshape(ny, side, nx, side).transpose(0, 2, 1, 3).reshape(ny, nx, -1)

@@ -205,7 +205,7 @@ def _without_forecast(
     intake = steps.scan([Path(p) for p in inputs], workers, quiet, tiles=tiles)
     found = list(intake.frames)
     if found and all(frame.wcs is None for frame in found):
-        raise CanvasError(f"none of {len(found)} frames has a WCS: where they lie is not known before they are solved")
+        raise CanvasError(f"none of {len(found)} frames has a WCS: find out where they lie by zemosaic solve first")
     budget = worker.memory_budget(settings)
     intake.drop(misfits.of_impossible_size(intake.frames, budget), quiet)
     steps.select(intake, quiet)

@@ -253,7 +253,10 @@ def photometry(
         stamp = plane.data[ys, xs].astype(np.float64)
         distance = np.hypot(2.0 * xs + plane.x0 - x[:, None, None], 2.0 * ys + plane.y0 - y[:, None, None])
         ring = np.where((distance >= aperture.inner) & (distance <= aperture.outer), stamp, np.nan)
-        sky = np.nanmedian(ring.reshape(len(x), -1), axis=1)
+        ring = ring.reshape(len(x), -1)
+        bare = np.isnan(ring).all(axis=1)
+        ring[bare] = 0
+        sky = np.where(bare, np.nan, np.nanmedian(ring, axis=1))
         # A cell that the circle cuts counts by how far its centre lies inside.
         share = np.clip((aperture.radius - distance) / 2 + 0.5, 0, 1)
         flux[:, c] = ((stamp - sky[:, None, None]) * share).sum(axis=(1, 2)) * 4

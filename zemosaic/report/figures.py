@@ -22,7 +22,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from zemosaic.ledger import FrameRecord
-from zemosaic.report.chronicle import Phase
 from zemosaic.report.defects import Hole, Trail
 from zemosaic.report.faults import LotLine
 from zemosaic.report.seams import Seam
@@ -40,6 +39,7 @@ LOT_COLOURS = ("#4c8dd6", "#e08a3c", "#4aa873", "#d2607a", "#9a78cf", "#b9922f",
 
 _WIDTH, _WIDE = 4.6, 5.2  # inches
 _TALLEST = 5.5
+_LEFT = 0.46  # inches that the labels of an axis take
 _TEXT = 8.5  # points
 _NIGHT, _PAUSE = 18 * 60, 7 * 60  # minutes: frames of one night; between two nights
 _MOST_ARROWS = 500
@@ -73,7 +73,7 @@ def plot(name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -
         figure = Figure(figsize=size)
         draw(figure)
         stream = io.StringIO()
-        figure.savefig(stream, format="svg", bbox_inches="tight", pad_inches=0.03, metadata={"Date": None})
+        figure.savefig(stream, format="svg", metadata={"Date": None})
     return _for_page(stream.getvalue())
 
 
@@ -118,8 +118,10 @@ def map_figure(
     width, height = columns * each.width, rows * each.height
     low, high = limits or np.nanpercentile(each.values, (1, 99))
 
+    inner = _inner(shape)
+
     def draw(figure: Figure) -> None:
-        axes = figure.add_subplot()
+        axes = _axes(figure, _LEFT, 0.78, *inner)
         image = axes.imshow(
             each.values,
             cmap=colours,
@@ -132,13 +134,13 @@ def map_figure(
         if extra:
             extra(axes)
         _map_axes(axes, shape)
-        bar = figure.colorbar(image, ax=axes, orientation="horizontal", aspect=40, pad=0.16, shrink=0.9)
+        bar = figure.colorbar(image, cax=_axes(figure, _LEFT, 0.27, inner[0], 0.09), orientation="horizontal")
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=2, labelsize=_TEXT - 0.5)
         bar.locator = MaxNLocator(6)
         bar.update_ticks()
 
-    return plot(name, (_WIDTH, _height(shape, _WIDTH) + 0.5), draw)
+    return plot(name, (_WIDTH, inner[1] + 0.84), draw)
 
 
 def mark_seams(seams: Sequence[Seam]) -> Callable[[Axes], None]:
@@ -190,8 +192,10 @@ def vector_figure(
     typical = float(np.percentile(np.hypot(dx, dy), 90)) if len(there) else 0.1
     key = _round_number(max(typical, 1e-3))
 
+    inner = _inner(shape)
+
     def draw(figure: Figure) -> None:
-        axes = figure.add_subplot()
+        axes = _axes(figure, _LEFT, 0.4, *inner)
         _map_axes(axes, shape)
         arrows = axes.quiver(
             x,
@@ -209,7 +213,7 @@ def vector_figure(
         )
         axes.quiverkey(arrows, 0.09, 0.06, key, text, labelpos="E", color=INK, labelcolor=INK)
 
-    return plot(name, (_WIDTH, _height(shape, _WIDTH)), draw)
+    return plot(name, (_WIDTH, inner[1] + 0.46), draw)
 
 
 def offsets_figure(
@@ -224,7 +228,7 @@ def offsets_figure(
     error = np.array([getattr(line, f"{axis}_error") for line in lots])
 
     def draw(figure: Figure) -> None:
-        axes = figure.add_subplot()
+        axes = _axes(figure, _LEFT + 0.12, 0.42, _WIDTH - _LEFT - 0.2, 1.22)
         for limit, colour in zip(limits, (AMBER, RED), strict=True):
             for side in (-limit, limit):
                 axes.axhline(side, color=colour, lw=0.8, ls="--")
@@ -243,8 +247,11 @@ def footprint_figure(lots: Sequence[LotLine], story: Story, say: Words) -> str:
     ny, nx = story.shape
     degrees = story.scale / 3600
 
+    width = _WIDE - 0.75
+    height = min(_TALLEST, 1.08 * width * ny / nx)
+
     def draw(figure: Figure) -> None:
-        axes = figure.add_subplot()
+        axes = _axes(figure, 0.65, 0.45, width, height)
         for line in lots:
             colour = LOT_COLOURS[line.lot % len(LOT_COLOURS)]
             points = (line.outline - [(nx - 1) / 2, (ny - 1) / 2]) * degrees
@@ -262,7 +269,7 @@ def footprint_figure(lots: Sequence[LotLine], story: Story, say: Words) -> str:
         axes.set(xlabel=say("plot_degrees_x"), ylabel=say("plot_degrees_y"))
         _compass(axes, story, say)
 
-    return plot("footprint", (_WIDE, _height(story.shape, _WIDE)), draw)
+    return plot("footprint", (_WIDE, height + 0.6), draw)
 
 
 def _gathered(lots: Sequence[LotLine], reach: float) -> dict[tuple[float, float], list[int]]:
@@ -307,7 +314,9 @@ def frames_figure(records: Sequence[FrameRecord], say: Words) -> str:
     status = np.array([r.status for r in measured])
 
     def draw(figure: Figure) -> None:
-        grid = figure.add_gridspec(len(rows), 2, width_ratios=(4, 1), wspace=0.05, hspace=0.12)
+        grid = figure.add_gridspec(
+            len(rows), 2, width_ratios=(4, 1), wspace=0.05, hspace=0.12, left=0.13, right=0.99, bottom=0.1, top=0.99
+        )
         for i, (key, values) in enumerate(rows.items()):
             axes = figure.add_subplot(grid[i, 0])
             side = figure.add_subplot(grid[i, 1], sharey=axes)
@@ -364,38 +373,17 @@ def _moment(date: str) -> float | None:
     )
 
 
-def waterfall_figure(phases: Sequence[Phase], titles: Sequence[str], say: Words) -> str:
-    """When each phase ran, and for how long."""
-    total = sum(phase.seconds for phase in phases) or 1.0
-
-    def draw(figure: Figure) -> None:
-        axes = figure.add_subplot()
-        place = np.arange(len(phases))
-        starts, lengths = [p.start for p in phases], [p.seconds for p in phases]
-        axes.barh(place, lengths, left=starts, color=BLUE, height=0.62)
-        end = phases[-1].start + phases[-1].seconds
-        for i, (phase, title) in enumerate(zip(phases, titles, strict=True)):
-            share = f"{phase.seconds:.1f} s · {phase.seconds / total:.0%}"
-            left = phase.start + phase.seconds / 2 > end / 2
-            x = phase.start if left else phase.start + phase.seconds
-            axes.annotate(
-                f"{title}  {share}",
-                (x, i),
-                xytext=(-4 if left else 4, 0),
-                textcoords="offset points",
-                ha="right" if left else "left",
-                va="center",
-            )
-        axes.set(ylim=(len(phases) - 0.4, -0.6), xlim=(0, None), yticks=[], xlabel=say("plot_seconds"))
-        _plain_axes(axes, "x")
-        axes.spines["left"].set_visible(False)
-
-    return plot("time", (_WIDE, 0.27 * len(phases) + 0.6), draw)
+def _inner(shape: tuple[int, int]) -> tuple[float, float]:
+    """Width and height that the picture of a mosaic takes in a figure, inches."""
+    width = _WIDTH - _LEFT - 0.08
+    height = width * shape[0] / shape[1]
+    return (width, height) if height <= _TALLEST else (_TALLEST * shape[1] / shape[0], _TALLEST)
 
 
-def _height(shape: tuple[int, int], width: float) -> float:
-    """Inches that a picture of the mosaic takes, with room for the labels of its axes."""
-    return min(_TALLEST, width * shape[0] / shape[1] + 0.4)
+def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Axes at a place given in inches: that takes half the time of a layout that looks for room."""
+    w, h = figure.get_size_inches()
+    return figure.add_axes((left / w, bottom / h, width / w, height / h))
 
 
 def _map_axes(axes: Axes, shape: tuple[int, int]) -> None:

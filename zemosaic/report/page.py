@@ -30,7 +30,7 @@ from zemosaic.report.sections import judged
 from zemosaic.report.story import Story, changed_settings, headline, report_json, sky_place, versions
 from zemosaic.report.thresholds import GRADES
 from zemosaic.report.verdict import Verdict, judge
-from zemosaic.report.words import Words, duration, resource, texts
+from zemosaic.report.words import NO_BREAK, Words, duration, resource, texts
 from zemosaic.settings import Settings, settings_toml
 
 PICTURE_BYTES = 1_500_000  # of the embedded JPEG, before base64
@@ -253,7 +253,6 @@ def _facts(story: Story, say: Words) -> list[dict[str, str]]:
 
 def _frames(story: Story, verdict: Verdict | None, say: Words) -> dict[str, Any]:
     lots = verdict.lots if verdict else ()
-    titles = [render(f"phase_{phase.name}", {}, story.language) for phase in story.phases]
     sky = story.sky
     cpu = sum(phase.cpu for phase in story.phases)
     return {
@@ -262,9 +261,24 @@ def _frames(story: Story, verdict: Verdict | None, say: Words) -> dict[str, Any]
         "lots_note": say("lots_note", ra=f"{say.number(sky.ra, 6)}°", dec=f"{say.number(sky.dec, 6)}°") if sky else "",
         "lot_columns": [say("lot"), *(say(f"lot_{name}") for name in _LOT_COLUMNS)],
         "lot_rows": _lot_rows(story, verdict, say),
-        "time_svg": Markup(say.figure(figures.waterfall_figure(story.phases, titles, say))) if story.phases else "",
+        "phases": _waterfall(story, say),
         "time_note": say("time_note", seconds=say.number(story.seconds), cpu=say.number(cpu)),
     }
+
+
+def _waterfall(story: Story, say: Words) -> list[dict[str, Any]]:
+    """Where on the way of the run each phase began, and how much of it it took, in percent."""
+    whole = story.seconds or 1.0
+    return [
+        {
+            "title": render(f"phase_{phase.name}", {}, story.language),
+            "seconds": f"{say.number(phase.seconds, 2)}{NO_BREAK}s",
+            "share": f"{100 * phase.seconds / whole:.0f}{NO_BREAK}%",
+            "start": f"{100 * phase.start / whole:.2f}",
+            "length": f"{100 * phase.seconds / whole:.2f}",
+        }
+        for phase in story.phases
+    ]
 
 
 _LOT_COLUMNS = ("frames", "gain", "sky", "shift", "fwhm", "median", "tile_gain", "seconds")
@@ -343,7 +357,7 @@ _COLUMNS = (
 
 def _ledger(story: Story, say: Words) -> dict[str, Any]:
     counts, files = story.ledger.counts(), len(story.ledger)
-    words = {status: say(f"ledger_{status}") for status in counts}
+    words = {status: say(f"status_{status}") for status in counts}
     columns = [{"key": key, "title": say(f"col_{key}"), "text": key in _TEXT_COLUMNS} for key in _COLUMNS]
     rows = [[_cell(key, row[key]) for key in _COLUMNS] for row in story.ledger.rows()]
     return {

@@ -4,7 +4,8 @@ A star's magnitude in the mosaic is wrong by three things, which are measured wi
 
 * the noise of the frames' mean: two halves of the frames (every other one that saw the star) are compared, and half
   the scatter of their difference is the error of the mean of both;
-* the lots' zero points: `zemosaic.report.lots`;
+* the lots' zero points: `zemosaic.report.lots`, both their offsets and how well these are known (a run that has been
+  fitted to the stars that lots share shows no offset, but an error it has);
 * what stacking did to the star: the mosaic's flux against the mean of the frames' fluxes.
 
 The last two, added up star by star, are the map of the zero point over the field.
@@ -90,14 +91,16 @@ def measure_photometry(evidence: Evidence, mosaic: MosaicStars, matched: Matched
     star = np.unique(bright.star)[fine]
     maps, chance = _maps(evidence.shape, mosaic.points[star], error)
     spread = np.array([_robust_sigma(error[:, c]) for c in range(channels)])
+    known = np.nan_to_num(offsets.error[:, 0]) / MMAG
+    tie = float(np.sqrt(np.average(known**2, weights=np.bincount(usable.lot, minlength=lots)))) if len(usable) else 0.0
     wander = np.array([np.nanstd(m) if np.isfinite(m).any() else np.nan for m in np.moveaxis(maps, 2, 0)])
     return PhotometryFigures(
         stars=len(star),
         shared=shared,
         repeat_median=MMAG * median,
         repeat_p95=MMAG * p95,
-        scatter=MMAG * np.hypot(noise, spread),
-        uniformity=MMAG * np.hypot(wander, chance * noise),
+        scatter=MMAG * np.sqrt(noise**2 + spread**2 + tie**2),
+        uniformity=MMAG * np.sqrt(wander**2 + (chance * noise) ** 2 + tie**2),
         lots=combined(offsets, _lot_stacking(mosaic, usable, lots)),
         map=(MMAG * maps[..., channels // 2]).astype(np.float32),
         catalogue=catalogue,

@@ -119,11 +119,11 @@ def _figures(story: Story, verdict: Verdict, say: Words) -> dict[str, list[dict[
     noise = min(verdict.noise)
     seams = figures.mark_seams(measures.seams.worst)
     add_map("seams", "seam", limits=(0.0, reach("seam", "seam_p95")), colours="inferno", extra=seams)
-    for group, key, limit, unit in (
+    for group, key, limit, size in (
         ("levels", "level", "level_rms", noise),
         ("photometry", "zero_point", "phot_uniformity", 1.0),
     ):
-        top = reach(key, limit, unit)
+        top = reach(key, limit, size)
         add_map(group, key, limits=(-top, top), colours=figures.DIVERGING)
     for group, axis, key, unit in (("levels", "sky", "lot_sky", "ADU"), ("photometry", "gain", "lot_gain", "mmag")):
         scale = noise if THRESHOLDS[key].unit == "sigma" else 1.0
