@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 
 import lecropper
+from zemosaic import carry
 from zemosaic import intake as steps
 from zemosaic.assembly import assemble
 from zemosaic.cache import Cache
@@ -117,6 +118,7 @@ class Job:
     preplan_path_groups: Sequence[Sequence[Path]] | None
     verdicts: Mapping[Path, Verdict]
     results: Results = field(default_factory=Results)
+    old_lots: Sequence[Sequence[Path]] = ()
     live: LivePreview | None = None
 
 
@@ -218,6 +220,7 @@ def run_hierarchical_mosaic(
                 settings_text=settings_toml(settings),
                 preview=preview_settings(settings),
             )
+            keep_state(job, intake, made, route)
             if settings.report:
                 report(job, intake, made, facts, ledger, paths, chronicle)
     except _NAMED as problem:
@@ -253,6 +256,22 @@ def open_cache(hidden: Path, settings: Settings, events: Events) -> Cache:
     return Cache(hidden / "results", limit, trouble=lambda reason: events.warning("run_warn_not_kept", reason=reason))
 
 
+def keep_state(job: Job, intake: Intake, made: RouteResult, route: str) -> None:
+    """Keep what a run over a grown folder goes on from; the lots only of the route that has lots."""
+    frames = [sub.frame for sub in job.subs]
+    carry.keep(
+        job.results,
+        job.settings,
+        job.preplan_path_groups,
+        job.subs,
+        job.photometry,
+        job.canvas,
+        intake.aperture,
+        [intake.zooms.get(steps.camera(frame), 1.0) for frame in frames],
+        [outcome.lot if route == "sds" else -1 for outcome in made.outcomes],
+    )
+
+
 def tell_kept(cache: Cache, events: Events) -> None:
     """Say what of earlier runs was used, and what is kept for later ones."""
     found = cache.found
@@ -279,7 +298,8 @@ def prepare_job(
         calibration, settings = Calibration(), _for_tiles(settings)
     events.phase(1, "scan")
     intake = steps.scan(inputs, workers, events, tiles=settings.use_existing_master_tiles)
-    intake.results = Results.of_run(cache, intake.stamps, calibration)
+    intake.results = Results.of_run(cache, intake.stamps, calibration, intake.frames)
+    intake.carried = carry.recall(intake.results, intake.frames, settings, preplan_path_groups)
     steps.foresee(intake, settings, events, budget, output_folder)
     events.phase(2, "measure")
     steps.measure_all(intake, calibration, settings, workers, events)
@@ -304,6 +324,7 @@ def prepare_job(
         preplan_path_groups,
         verdicts,
         intake.results,
+        intake.carried.groups(intake.frames, intake.old_frames()) if intake.carried else (),
     )
     return job, intake
 
@@ -325,7 +346,8 @@ def gate(intake: Intake, settings: Settings, events: Events) -> dict[Path, Verdi
     faults = set(SHAPE_FAULTS if settings.blur_filter else ())
     if settings.cloud_filter and not settings.use_existing_master_tiles:  # each of those has a scale of its own
         faults |= {"clouded", "dimmed"} if settings.cloud_filter_dimmed else {"clouded"}
-    stay = kept(verdicts, faults)
+    old = set(intake.old_frames())  # they are in tiles that are used again
+    stay = [stays or i in old for i, stays in enumerate(kept(verdicts, faults))]
     noted = [v for v, stays in zip(verdicts, stay, strict=True) if stays and v.fault]
     if noted:
         examples = "; ".join(f"{v.frame.path.name} {v.reason}" for v in noted[:3])
@@ -376,7 +398,7 @@ def _sds(job: Job) -> RouteResult:
         job.events,
         job.store,
         workers=job.workers,
-        preplan_path_groups=job.preplan_path_groups,
+        preplan_path_groups=[*job.old_lots, *(job.preplan_path_groups or ())],
         results=job.results,
         live=job.live,
     )
@@ -690,6 +712,10 @@ def report(
 ) -> None:
     """Judge the mosaic and write its report. The product is safe already, and stays so whatever happens here."""
     events = job.events
+    try:
+        events.check_stop()
+    except Cancelled:
+        return  # who wants the end gets it: there is a whole product, and `zemosaic check` can judge it later
     events.phase(10, "report")
     try:
         from zemosaic.report.page import report_mosaic  # here, because matplotlib takes long to load

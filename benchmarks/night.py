@@ -33,8 +33,8 @@ from astropy.table import Table
 
 from zemosaic.demo import make_field
 
-FIELD = {"panels": (2, 2), "shape": (64, 96), "star_density": 30000, "nebula": 60, "sky": 300, "scale": 4.0}
-ADDRESS_SPACE_GB = 2.5  # of which the libraries alone take more than one
+FIELD = {"panels": (8, 8), "shape": (64, 96), "star_density": 30000, "nebula": 60, "sky": 300, "scale": 4.0}
+ADDRESS_SPACE_GB = 3.0  # of which the libraries alone take more than one
 
 
 class Ended(NamedTuple):
@@ -224,7 +224,8 @@ def night_of(folder: Path, options: argparse.Namespace, further: Sequence[str]) 
     """Simulate, run clean, run through the night, judge."""
     say, chance = sys.stdout.write, random.Random(options.seed)
     good, night = folder / "good", folder / "night"
-    make_field(good, frames=options.subs, seed=options.seed, **FIELD)
+    panels = tuple(max(1, min(most, round((options.subs / 31) ** 0.5))) for most in FIELD["panels"])
+    make_field(good, frames=options.subs, seed=options.seed, **(FIELD | {"panels": panels}))
     whole = {path.name: path.read_bytes() for path in sorted(good.iterdir())}
     bad = break_some(good, night, options.share, chance)
     say(f"{len(whole)} good subs, {sum(map(len, bad.values()))} bad ones of {len(bad)} kinds\n")
@@ -239,7 +240,7 @@ def night_of(folder: Path, options: argparse.Namespace, further: Sequence[str]) 
     for number in range(options.cuts):
         signals = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL)
         cut = (chance.uniform(0.2, 0.9) * clean.wall / (1 + number / 2), signals[number % len(signals)])
-        say(_line(f"cut {number + 1}", run(words, cut, mend if number == 1 else None)))
+        say(_line(f"cut {number + 1}", run(words, cut, mend if number == options.cuts // 3 else None)))
         if number == options.cuts // 2:
             for path in bad["unfinished"]:
                 path.write_bytes(whole[path.name])

@@ -78,12 +78,14 @@ FAULTS = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Simulate, spoil, judge, compare."""
+    names = [fault.name for fault in FAULTS]
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     here = Path(__file__).resolve().parents[1]
     parser.add_argument("--bench", type=Path, default=here.parent / "shared" / "bench", help="simulator and scorer")
     parser.add_argument("--frames", type=int, default=48)
     parser.add_argument("--shape", default="800x1000", metavar="ROWSxCOLUMNS")
     parser.add_argument("--density", type=float, default=3500, help="stars per square degree")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help="not all ten")
     parser.add_argument("--keep", type=Path, help="folder for the mosaics; a scratch folder if not given")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as scratch:
@@ -92,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = [options.bench / "simulate.py", subs, "--panels", "x".join(map(str, PANELS))]
         command += ["--frames", options.frames, "--shape", options.shape, "--density", options.density]
         _run(command + ["--seed", 21, "--dither", 20])
-        rows = [examine(fault, subs, folder, options.bench) for fault in FAULTS]
+        rows = [
+            examine(fault, subs, folder, options.bench) for fault in FAULTS if fault.name in (options.only or names)
+        ]
     compare(rows)
 
 
@@ -212,7 +216,7 @@ def compare(rows: Sequence[Row]) -> None:
         for row, x, y in zip(rows, ours[:, k], theirs[:, k], strict=True):
             print(f"  {row.fault.name:14s} {x:8.3f} {y:8.3f}" + (f" {x / y - 1:+6.0%}" if y else ""))
     # How many times worse than the good mosaic each is in its worst figure.
-    worse = [(1 + np.maximum(v / v[0] - 1, 0) if v[0] else 1 + v / v.max()) for v in (*ours.T, *theirs.T)]
+    worse = [(1 + np.maximum(v / v[0] - 1, 0) if v[0] else 1 + v / (v.max() or 1)) for v in (*ours.T, *theirs.T)]
     by_ours, by_theirs = (np.max(part, axis=0) for part in (worse[: len(PAIRS)], worse[len(PAIRS) :]))
     print("\ntimes worse than the good one:  verdict   scorer")
     for row, x, y in sorted(zip(rows, by_ours, by_theirs, strict=True), key=lambda each: each[2]):

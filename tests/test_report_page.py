@@ -360,6 +360,20 @@ def test_a_report_that_fails_does_not_cost_the_product(subs: Path, tmp_path: Pat
     assert told[-1].kind == "done"
 
 
+def test_a_stop_while_the_product_is_saved_does_without_a_report(subs: Path, tmp_path: Path):
+    told: list[Event] = []
+    result = zemosaic_worker.run_hierarchical_mosaic(
+        subs,
+        tmp_path,
+        Settings(num_processing_workers=1, blur_filter=False, resume="off"),
+        sds=True,
+        progress_callback=told.append,
+        stop_requested=lambda: any(event.key == "phase_save" for event in told),
+    )
+    assert result.product.exists() and not report_paths(result.product).html.exists()
+    assert told[-1].kind == "done"
+
+
 def test_a_report_that_is_not_wanted_is_not_made(subs: Path, tmp_path: Path):
     result, told = run(subs, tmp_path, report=False)
     assert not report_paths(result.product).html.exists() and not report_paths(result.product).json.exists()

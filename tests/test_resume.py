@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,19 @@ import numpy as np
 import pytest
 from astropy.io import fits
 from astropy.io.fits import FITSDiff
+from astropy.wcs import WCS
 from typer.testing import CliRunner
 
 import zemosaic_worker
-from zemosaic import intake
+from zemosaic import carry, intake
+from zemosaic.cache import Cache
 from zemosaic.calibrate import Calibration
 from zemosaic.cli import app
 from zemosaic.demo import FieldTruth, make_field
 from zemosaic.events import Event, Events
 from zemosaic.frames import read_frame
 from zemosaic.measure import FrameMeasure, measure_frame
-from zemosaic.resume import STACK_SETTINGS, flatten, rebuild
+from zemosaic.resume import STACK_SETTINGS, Results, flatten, rebuild
 from zemosaic.settings import Settings
 from zemosaic.stacking import stack_subs
 from zemosaic.stars import Aperture
@@ -147,19 +150,13 @@ MEASURES, TILES = 9, 3
 #: Setting → what of the measures and of the mega-tiles may still be used.
 TOUCHED: dict[str, tuple[Any, int, int]] = {
     "output_name": ("other", MEASURES, TILES),
-    "two_pass_coverage_renorm": (False, MEASURES, TILES),
     "global_coadd_method": ("mean", MEASURES, TILES),
-    "sds_gain_scope": ("tile", MEASURES, TILES),
-    "preview_png_p_low": (2.0, MEASURES, TILES),
     "stacking_rejection_algorithm": ("kappa_sigma", MEASURES, 0),
     "stacking_kappa_low": (2.5, MEASURES, 0),
-    "stacking_kappa_high": (2.5, MEASURES, 0),
     "stacking_final_combine_method": ("median", MEASURES, 0),
     "stacking_weighting_method": ("none", MEASURES, 0),
     "stacking_normalize_method": ("sky_mean", MEASURES, 0),
-    "match_background_for_final": (False, MEASURES, 0),
     "global_wcs_res_override": (2.5, MEASURES, 0),
-    "global_wcs_orientation": ("median_pc", MEASURES, 0),
     "sds_target_batch_size": (5, MEASURES, 0),
     "hot_pixel_sigma": (3.0, 0, 0),
     "hot_pixel_correction": (False, 0, 0),
@@ -187,7 +184,8 @@ def test_other_master_frames_redo_everything(subs, out, tmp_path, master):
     assert (again.measures, again.tiles) == (0, 0)
 
 
-def test_a_frame_with_other_pixels_is_measured_again(own_subs, tmp_path):
+def test_a_frame_with_other_pixels_is_measured_again(own_subs, tmp_path, monkeypatch):
+    monkeypatch.setattr(intake, "probe_aperture", lambda *_: Aperture())  # which follows the frames
     out = tmp_path / "out"
     run(own_subs, out)
     path = sorted(own_subs.iterdir())[4]
@@ -377,3 +375,124 @@ def test_every_route_gets_the_results(subs, tmp_path, monkeypatch):
     monkeypatch.setitem(zemosaic_worker.ROUTES, "sds", lambda job: jobs.append(job) or route(job))
     run(subs, tmp_path)
     assert len(jobs[0].results.stamps) == 9 and jobs[0].results.cache.folder is not None
+
+
+# --- a folder that grows ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def nights(tmp_path_factory: pytest.TempPathFactory) -> FieldTruth:
+    """Two panels; the second night, of six frames, belongs to the second of them."""
+    options = {**TINY, "panels": (2, 1), "shape": (128, 160), "overlap": 0.4, "dither_px": 6, "rotation_deg": 3}
+    return make_field(tmp_path_factory.mktemp("nights") / "subs", frames=18, seed=5, **options)
+
+
+def night(nights: FieldTruth, folder: Path, count: int) -> Path:
+    """A folder with the first frames."""
+    folder.mkdir(exist_ok=True)
+    for path in nights.paths[:count]:
+        if not (folder / path.name).exists():
+            shutil.copy2(path, folder)
+    return folder
+
+
+def book(result: RunResult) -> dict[str, Any]:
+    return {record.file: record for record in result.ledger}
+
+
+def test_a_night_that_is_added_leaves_the_old_lots_as_they_were(nights, tmp_path):
+    out = tmp_path / "out"
+    first = run(night(nights, tmp_path / "subs", 12), out)
+    second = run(night(nights, tmp_path / "subs", 18), out)
+    assert (second.measures, second.tiles) == (12, 4)
+    assert len(fits.getdata(second.product, "MEGATILES")) == 6
+    old, new = book(first), book(second)
+    for name, record in old.items():
+        for what in ("gain", "level", "weight", "lot", "rejected_share"):
+            assert getattr(new[name], what) == getattr(record, what), what
+    grown = fits.getheader(second.product)
+    assert grown["CRVAL1"] == fits.getheader(first.product)["CRVAL1"]
+    assert abs((grown["CRPIX1"] - fits.getheader(first.product)["CRPIX1"]) % 1) < 1e-9
+
+
+def test_the_new_frames_get_the_gains_and_skies_that_are_true(nights, tmp_path):
+    run(night(nights, tmp_path / "subs", 12), tmp_path / "out")
+    records = book(run(night(nights, tmp_path / "subs", 18), tmp_path / "out"))
+    fresh = book(run(tmp_path / "subs", tmp_path / "fresh", resume="off"))
+    names = [path.name for path in nights.paths]
+    true = np.array([frame.transparency for frame in nights.frames])
+
+    def spread(found: dict[str, Any]) -> np.ndarray:
+        """Grey gain times transparency: the same for all frames if the gains are right."""
+        return np.log(np.mean([found[name].gain for name in names], axis=1) * true)
+
+    held, all_anew = spread(records), spread(fresh)
+    offset = held[12:].mean() - held[:12].mean()
+    assert abs(offset) < 0.02 + abs(all_anew[12:].mean() - all_anew[:12].mean())
+    assert held[12:].std() < 1.3 * all_anew.std() + 0.01
+    levels, fresh_levels = (np.array([b[name].level for name in names]) for b in (records, fresh))
+    step, fresh_step = (level[12:].mean(axis=0) - level[:12].mean(axis=0) for level in (levels, fresh_levels))
+    np.testing.assert_allclose(step, fresh_step, atol=0.03 * np.abs(fresh_levels).max() + 3)
+
+
+def test_the_sky_of_a_grown_mosaic_is_even(nights, tmp_path):
+    """Against a mosaic of all frames at once: no step where new frames meet old ones."""
+    whole = {"global_wcs_autocrop_enabled": False}
+    run(night(nights, tmp_path / "subs", 12), tmp_path / "out", **whole)
+    grown = run(night(nights, tmp_path / "subs", 18), tmp_path / "out", **whole)
+    assert grown.tiles == 4
+    fresh = run(tmp_path / "subs", tmp_path / "fresh", resume="off", **whole)
+    (a, wa), (b, wb) = ((fits.getdata(r.product)[1], WCS(fits.getheader(r.product)).celestial) for r in (grown, fresh))
+    y, x = (grid.ravel() for grid in np.mgrid[20 : b.shape[0] - 20 : 3, 20 : b.shape[1] - 20 : 3])
+    px, py = (np.rint(p).astype(int) for p in wa.wcs_world2pix(*wb.wcs_pix2world(x, y, 0), 0))
+    on = (px >= 0) & (px < a.shape[1]) & (py >= 0) & (py < a.shape[0])
+    ratio = a[py[on], px[on]] / b[y[on], x[on]]
+    left, right = (np.nanmedian(ratio[half]) for half in (x[on] < np.median(x), x[on] > np.median(x)))
+    assert abs(left / right - 1) < 0.01
+
+
+def test_a_third_run_over_the_same_folder_changes_nothing(nights, tmp_path):
+    run(night(nights, tmp_path / "subs", 12), tmp_path / "out")
+    second = run(night(nights, tmp_path / "subs", 18), tmp_path / "out")
+    third = run(tmp_path / "subs", tmp_path / "out")
+    assert third.tiles == 6
+    assert same(second, third)
+
+
+def test_what_was_lost_of_a_grown_mosaic_is_made_again_bit_by_bit(nights, tmp_path):
+    out = tmp_path / "out"
+    run(night(nights, tmp_path / "subs", 12), out)
+    second = run(night(nights, tmp_path / "subs", 18), out)
+    shutil.rmtree(out / ".zemosaic" / "results" / "tiles")
+    assert same(second, run(tmp_path / "subs", out))
+
+
+@pytest.mark.parametrize("change", ["gone", "setting"])
+def test_without_its_old_frames_or_settings_the_solution_is_a_fresh_one(nights, tmp_path, change):
+    run(night(nights, tmp_path / "subs", 12), tmp_path / "out")
+    night(nights, tmp_path / "subs", 18)
+    settings = {"stacking_weighting_method": "none"} if change == "setting" else {}
+    if change == "gone":
+        (tmp_path / "subs" / nights.paths[3].name).unlink()
+    grown = run(tmp_path / "subs", tmp_path / "out", **settings)
+    assert grown.tiles == 0
+    assert same(grown, run(tmp_path / "subs", tmp_path / "fresh", resume="off", **settings))
+
+
+def test_the_lots_of_another_route_are_not_taken_over(nights, tmp_path):
+    run(night(nights, tmp_path / "subs", 12), tmp_path / "out", sds=None, route="master-tiles")
+    made = run(tmp_path / "subs", tmp_path / "out")
+    fresh = run(tmp_path / "subs", tmp_path / "fresh", resume="off")
+    assert [r.lot for r in made.ledger] == [r.lot for r in fresh.ledger]
+
+
+def test_frames_beyond_the_old_tangent_plane_are_not_squeezed_onto_it(nights, tmp_path):
+    run(night(nights, tmp_path / "subs", 12), tmp_path / "out")
+    found = intake.scan([tmp_path / "subs"], 1, Events())
+    kept = Cache(tmp_path / "out" / ".zemosaic" / "results")
+    found.results = Results.of_run(kept, found.stamps, Calibration(), found.frames)
+    carried = carry.recall(found.results, found.frames, Settings(**FIXED, **LOTS), None)
+    assert carried is not None and carried.reaches(found.frames)
+    far = found.frames[0].wcs.deepcopy()
+    far.wcs.crval = far.wcs.crval + [70, 0]
+    assert not carried.reaches([*found.frames, replace(found.frames[0], wcs=far)])

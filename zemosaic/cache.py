@@ -192,7 +192,7 @@ class Cache:
         self.folder = folder
         self.found: Counter[str] = Counter()  #: results of earlier runs that were asked for, by kind
         self.stored: Counter[str] = Counter()  #: results that were stored, by kind
-        self.bytes_stored = 0
+        self.size = 0  #: bytes of all results
         self.spare = spare
         self._limit, self._trouble = limit, trouble
         self._lock = threading.Lock()
@@ -213,11 +213,7 @@ class Cache:
                     state = path.stat()
                     found.append((state.st_mtime_ns, path, state.st_size))
         self._sizes = {path: size for _, path, size in sorted(found)}
-
-    @property
-    def size(self) -> int:
-        """Bytes of all results."""
-        return sum(self._sizes.values())
+        self.size = sum(self._sizes.values())
 
     def get(self, kind: str, key: str, *, mapped: bool = False) -> dict[str, NDArray[Any]] | None:
         """A stored result; None if there is none, or it is damaged.
@@ -273,11 +269,11 @@ class Cache:
             self._give_up(problem.strerror or str(problem))
             return False
         with self._lock:
+            self.size += size - self._sizes.pop(path, 0)
             self._sizes[path] = size
             self._used.add(path)
             self._made.add(path)
             self.stored[kind] += 1
-            self.bytes_stored += size
         return True
 
     def _path(self, kind: str, key: str) -> Path | None:
@@ -286,18 +282,19 @@ class Cache:
     def _has_room(self, size: int) -> bool:
         """Make room by letting the oldest results go; False if it takes one that this run has used."""
         with self._lock:
-            old = [path for path in self._sizes if path not in self._used]
-            while old and (self.size + size > self._limit or not self._disk_has(size)):
-                self._unlink(old.pop(0))
-            if self.size + size <= self._limit and self._disk_has(size):
+            if self._fits(size):
                 return True
+            for path in [path for path in self._sizes if path not in self._used]:
+                self._unlink(path)
+                if self._fits(size):
+                    return True
         self._give_up("the room that they may take is used up (resume_cache_gb)")
         return False
 
-    def _disk_has(self, size: int) -> bool:
+    def _fits(self, size: int) -> bool:
         assert self.folder is not None
         there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.is_dir())
-        return shutil.disk_usage(there).free >= size + self.spare
+        return self.size + size <= self._limit and shutil.disk_usage(there).free >= size + self.spare
 
     def _forget(self, path: Path) -> None:
         with self._lock:
@@ -306,7 +303,7 @@ class Cache:
     def _unlink(self, path: Path) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
-        self._sizes.pop(path, None)
+        self.size -= self._sizes.pop(path, 0)
 
     def _give_up(self, reason: str) -> None:
         with self._lock:

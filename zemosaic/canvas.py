@@ -127,12 +127,13 @@ def _scale_problems(frames: Sequence[Frame]) -> list[str]:
     cameras: dict[tuple, list[float]] = {}
     for frame, scale in zip(frames, scales, strict=True):
         cameras.setdefault((frame.instrument, frame.shape, frame.focal_length, frame.pixel_size), []).append(scale)
+    # The lower of the two middle ones: of two halves that contradict each other one must stay.
+    usual_of = {camera: sorted(peers)[(len(peers) - 1) // 2] for camera, peers in cameras.items()}
     reasons = []
     for frame, scale in zip(frames, scales, strict=True):
-        peers = cameras[frame.instrument, frame.shape, frame.focal_length, frame.pixel_size]
-        # The lower of the two middle ones: of two halves that contradict each other one must stay.
-        expected, source = sorted(peers)[(len(peers) - 1) // 2], "the other frames of this camera have"
-        if len(peers) < 3 and frame.focal_length and frame.pixel_size:
+        camera = frame.instrument, frame.shape, frame.focal_length, frame.pixel_size
+        expected, source = usual_of[camera], "the other frames of this camera have"
+        if len(cameras[camera]) < 3 and frame.focal_length and frame.pixel_size:
             expected, source = (
                 206.265 * frame.pixel_size / frame.focal_length,
                 "its focal length and pixel size give",

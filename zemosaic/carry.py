@@ -1,9 +1,9 @@
 """What a run over a grown folder carries over from the last one, so that whatever no new frame touches stays as it is.
 
-A solution of all frames together moves a little with every frame that is added: another canvas, other gains, other lots,
-and nothing of the last run could be used again. So the last run's pixel grid, lots and photometric adjustments are held
-fixed, and only the new frames are solved, against the old ones. Where a frame of the last run is gone or has changed, or
-a setting that matters is another one, there is nothing to carry over and the solution is a fresh one.
+A solution of all frames together moves a little with every frame that is added: another canvas, other gains, other
+lots, and nothing of the last run could be used again. So the last run's pixel grid, lots and photometric adjustments
+are held fixed, and only the new frames are solved, against the old ones. Where a frame of the last run is gone or has
+changed, or a setting that matters is another one, there is nothing to carry over and the solution is a fresh one.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from astropy.wcs import WCS
 from numpy.typing import NDArray
 
 from zemosaic.cache import code_version, fingerprint
-from zemosaic.canvas import Canvas
+from zemosaic.canvas import Canvas, footprint, separation, to_vectors
 from zemosaic.coadd import Sub, hull
 from zemosaic.frames import Frame
 from zemosaic.photometry import Held, Photometry
@@ -34,9 +34,11 @@ Floats = NDArray[np.float64]
 #: Beginnings of the names of settings that decide which frames are used, where they lie, and what they are changed by.
 _MATTER = (
     *("hot_", "blur_", "cloud_", "global_wcs_", "stacking_", "match_background", "use_existing", "cluster_", "max_raw"),
-    *("sds_min_batch", "sds_target_batch", "sds_coverage_threshold", "solver_", "force_resolve", "astap_", "astrometry_"),
+    *("sds_min_batch", "sds_target_batch", "sds_coverage_threshold"),
+    *("solver_", "force_resolve", "astap_", "astrometry_"),
 )
 _BLOCK = 256  # px: the canvas grows by whole blocks, so that every old pixel is computed in the very block it was
+_FAR_DEG = 60.0  # from the tangent point
 _WIDE = 1 << 20  # px: farther than any canvas reaches
 
 
@@ -84,15 +86,20 @@ class Carried:
 
     def rows(self, frames: Sequence[Frame], results: Results) -> list[int]:
         """Where each of its frames is among others; empty if one is missing."""
-        where = {results.name(frame): i for i, frame in enumerate(frames)}
+        where = {results.names.get(frame.path, ""): i for i, frame in enumerate(frames)}
         rows = [where.get(name, -1) for name in self.names]
         return [] if -1 in rows else rows
+
+    def reaches(self, frames: Iterable[Frame]) -> bool:
+        """Whether all frames lie where the tangent plane of the old grid still shows them well."""
+        centre = to_vectors(*self.grid.wcs.crval)
+        return all(separation(footprint(f.wcs, f.shape), centre).max() <= _FAR_DEG for f in frames)
 
     def canvas(self, frames: Iterable[Frame]) -> tuple[Canvas, Window]:
         """The old canvas, with whole blocks added where frames reach beyond it; and its extent in the grid."""
         far = Canvas(moved(self.grid, _WIDE, _WIDE), (2 * _WIDE, 2 * _WIDE), self.scale)
         reach = hull([far.window_of(frame) for frame in frames])
-        reach = shifted(reach, -_WIDE, -_WIDE).grow(1)
+        reach = reach.shift(-_WIDE, -_WIDE).grow(1)
         y0, x0 = (
             old if old <= new else new // _BLOCK * _BLOCK
             for old, new in ((self.extent.y0, reach.y0), (self.extent.x0, reach.x0))
@@ -111,14 +118,9 @@ class Carried:
         return [group for group in groups if group]
 
 
-def shifted(window: Window, dy: int, dx: int) -> Window:
-    """The window of the same pixels where they are counted from elsewhere."""
-    return Window(window.y0 + dy, window.y1 + dy, window.x0 + dx, window.x1 + dx)
-
-
 def shifted_map(pixel_map: PixelMap, dy: int, dx: int) -> PixelMap:
-    """The same for a pixel map."""
-    return replace(pixel_map, window=shifted(pixel_map.window, dy, dx))
+    """A pixel map where the pixels of the canvas are counted from ``(-dy, -dx)``."""
+    return replace(pixel_map, window=pixel_map.window.shift(dy, dx))
 
 
 def moved(grid: WCS, dy: int, dx: int, shape: tuple[int, int] | None = None) -> WCS:
@@ -134,7 +136,7 @@ def moved(grid: WCS, dy: int, dx: int, shape: tuple[int, int] | None = None) -> 
 def recall(
     results: Results, frames: Sequence[Frame], settings: Settings, lots: Sequence[Sequence[Path]] | None
 ) -> Carried | None:
-    """The state of the last run, if all its frames are there as they were and every setting that matters is the same."""
+    """The state of the last run, if all its frames are there as they were and the settings that matter are the same."""
     arrays = results.cache.get("state", _key(results, settings, lots))
     carried = None if arrays is None else _unpack(arrays)
     return carried if carried is not None and carried.rows(frames, results) else None
@@ -147,7 +149,6 @@ def keep(
     subs: Sequence[Sub],
     photometry: Photometry,
     canvas: Canvas,
-    origin: tuple[int, int],
     aperture: Aperture,
     zooms: Sequence[float],
     lot_of: Sequence[int],
@@ -156,19 +157,17 @@ def keep(
 
     Parameters
     ----------
-    origin : tuple of int
-        ``(y, x)`` of the grid's first pixel on the canvas.
     zooms, lot_of : sequence
         Of every sub.
     """
-    dy, dx = origin
+    dy, dx = results.origin
     adjustments = [sub.adjustment for sub in subs]
     carried = Carried(
-        names=tuple(results.name(sub.frame) for sub in subs),
+        names=tuple(results.names[sub.frame.path] for sub in subs),
         aperture=aperture,
         zooms=np.array(zooms, np.float64),
         grid=moved(canvas.wcs, -dy, -dx),
-        extent=shifted(Window.of_shape(canvas.shape), -dy, -dx),
+        extent=Window.of_shape(canvas.shape).shift(-dy, -dx),
         scale=canvas.scale,
         maps=tuple(shifted_map(sub.pixel_map, -dy, -dx) for sub in subs),
         gain=np.array([a.gain for a in adjustments]),

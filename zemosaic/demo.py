@@ -298,7 +298,15 @@ def make_demo(folder: Path | str) -> FieldTruth:
     The field lies in the Milky Way (Cassiopeia) and its pixels are large, so that every small sub holds a score of
     catalogue stars, of which none is too bright.
     """
-    return make_field(folder, real_stars=True, with_wcs=False, center=(38.0, 61.0), scale=10.0, star_density=137.0)
+    return make_field(
+        folder,
+        real_stars=True,
+        with_wcs=False,
+        center=(38.0, 61.0),
+        shape=(480, 640),
+        scale=6.0,
+        star_density=380.0,
+    )
 
 
 def tangent_header(

@@ -18,6 +18,7 @@ from zemosaic import misfits
 from zemosaic.cache import Stamp, stamp_of
 from zemosaic.calibrate import Calibration
 from zemosaic.canvas import Canvas, CanvasError, find_strays, pixel_scale, plan_canvas
+from zemosaic.carry import Carried, shifted_map
 from zemosaic.coadd import Sub
 from zemosaic.events import Events
 from zemosaic.execute import thread_map
@@ -56,6 +57,12 @@ class Intake:
         File → what it was like when its header was read.
     results : Results
         What is kept of earlier runs, and for later ones.
+    carried : Carried or None
+        The state of the last run, if this one goes on from there.
+    aperture : Aperture
+        Of the photometry, from `measure_all` on.
+    zooms : dict
+        By how much it is larger for every camera.
     """
 
     files: list[Path]
@@ -65,6 +72,9 @@ class Intake:
     measured: dict[Path, FrameMeasure] = field(default_factory=dict)
     stamps: dict[Path, Stamp] = field(default_factory=dict)
     results: Results = field(default_factory=Results)
+    carried: Carried | None = None
+    aperture: Aperture = field(default_factory=Aperture)
+    zooms: dict[Camera, float] = field(default_factory=dict)
 
     def drop(self, reasons: Sequence[str], events: Events, key: str = "run_warn_frame_left_out") -> None:
         """Leave out the frames that have a reason, keep those whose reason is empty."""
@@ -75,6 +85,13 @@ class Intake:
         stay = [i for i, reason in enumerate(reasons) if not reason]
         self.frames = [self.frames[i] for i in stay]
         self.measures = [self.measures[i] for i in stay] if self.measures else []
+
+    def old_frames(self) -> list[int]:
+        """Where the frames of the last run are, if this one goes on from there; one that was left out ends that."""
+        rows = self.carried.rows(self.frames, self.results) if self.carried is not None else []
+        if not rows:
+            self.carried = None
+        return rows
 
 
 def scan(inputs: Sequence[Path], workers: int, events: Events, *, tiles: bool = False) -> Intake:
@@ -125,7 +142,14 @@ def place(intake: Intake, settings: Settings, events: Events, budget: int, outpu
         of `output_folder`.
     """
     mono = select(intake, events)
-    canvas = plan_canvas(intake.frames, settings)
+    carried = intake.carried if intake.old_frames() else None
+    if carried is None or not carried.reaches(intake.frames):
+        intake.carried = None
+        canvas = plan_canvas(intake.frames, settings)
+    else:
+        canvas, extent = carried.canvas(intake.frames)
+        intake.results = replace(intake.results, origin=(-extent.y0, -extent.x0))
+        events.info("run_info_carried", old=len(carried.names), new=len(intake.frames) - len(carried.names))
     events.info("run_info_canvas", width=canvas.shape[1], height=canvas.shape[0], scale=canvas.scale)
     check_room(canvas, 1 if mono else 3, budget, output_folder, events)
     return canvas
@@ -198,17 +222,24 @@ def measure_all(intake: Intake, calibration: Calibration, settings: Settings, wo
     frames = intake.frames
     hot = settings.hot_pixel_sigma if settings.hot_pixel_correction else None
     results = intake.results
-    probes = _probes(intake)
-    aperture = results.aperture(probes, lambda: probe_aperture(probes, calibration))
     scales = _typical_scales(frames)
     # Of the frames, not of the cameras: one odd frame must not change the aperture of all others.
-    usual = [scales[camera] for camera in map(_camera, frames) if camera in scales]
+    usual = [scales[kind] for kind in map(camera, frames) if kind in scales]
     scale = float(np.median(usual)) if usual else 1.0
+    zooms = {kind: scale / own for kind, own in scales.items()}
+    old = intake.old_frames()
+    if intake.carried is None:
+        probes = _probes(intake)
+        aperture = results.aperture(probes, lambda: probe_aperture(probes, calibration))
+    else:
+        aperture = intake.carried.aperture
+        zooms |= {camera(frames[i]): zoom for i, zoom in zip(old, intake.carried.zooms.tolist(), strict=True)}
+    intake.aperture, intake.zooms = aperture, zooms
     work = partial(
         _measure,
         calibration=calibration,
         aperture=aperture,
-        zooms={camera: scale / own for camera, own in scales.items()},
+        zooms=zooms,
         hot_sigma=hot,
         events=events,
         results=results,
@@ -238,7 +269,7 @@ def _probes(intake: Intake) -> list[Frame]:
     return [order[content] for content in sorted(order)]
 
 
-def _camera(frame: Frame) -> Camera:
+def camera(frame: Frame) -> Camera:
     """What decides on the scale of a frame."""
     return frame.instrument, frame.focal_length, frame.pixel_size, frame.shape
 
@@ -249,10 +280,10 @@ def _typical_scales(frames: Sequence[Frame]) -> dict[Camera, float]:
     hinted: dict[Camera, list[float]] = {}
     for frame in frames:
         if frame.wcs is not None:
-            said.setdefault(_camera(frame), []).append(pixel_scale(frame.wcs))
+            said.setdefault(camera(frame), []).append(pixel_scale(frame.wcs))
         elif (hint := hint_of(frame)[0].scale) is not None:
-            hinted.setdefault(_camera(frame), []).append(hint)
-    return {camera: float(np.median(scales)) for camera, scales in (hinted | said).items()}
+            hinted.setdefault(camera(frame), []).append(hint)
+    return {kind: float(np.median(scales)) for kind, scales in (hinted | said).items()}
 
 
 def _measure(
@@ -266,7 +297,7 @@ def _measure(
 ) -> FrameMeasure | str:
     events.check_stop()
     # The aperture is the same on the sky for every camera.
-    zoom = zooms.get(_camera(frame), 1.0)
+    zoom = zooms.get(camera(frame), 1.0)
     own = Aperture(aperture.radius * zoom, aperture.inner * zoom, aperture.outer * zoom)
     try:
         measure = results.measure(
@@ -353,12 +384,20 @@ def match(
     """
     _check_left(intake)
 
-    def work(frame: Frame) -> PixelMap:
-        events.check_stop()
-        return pixel_map(frame.wcs, frame.shape, canvas.wcs, canvas.window_of(frame))
+    carried, old = intake.carried, intake.old_frames()
+    grid = canvas.wcs if carried is None else carried.grid
+    dy, dx = intake.results.origin
+    known = {i: carried.maps[k] for k, i in enumerate(old)} if carried is not None else {}
 
-    maps = list(thread_map(work, intake.frames, workers))
-    photometry = match_frames(intake.frames, intake.measures, maps, canvas, settings)
+    def work(i: int) -> PixelMap:
+        events.check_stop()
+        frame = intake.frames[i]
+        made = known.get(i) or pixel_map(frame.wcs, frame.shape, grid, canvas.window_of(frame).shift(-dy, -dx))
+        return shifted_map(made, dy, dx)
+
+    maps = list(thread_map(work, range(len(intake.frames)), workers))
+    held = carried.held(old) if carried is not None else None
+    photometry = match_frames(intake.frames, intake.measures, maps, canvas, settings, held)
     groups = len(set(photometry.sky_groups.tolist()))
     events.info("run_info_levels_solved", frames=len(maps), groups=groups)
     if groups > 1:

@@ -30,6 +30,7 @@ _GAIN_PRIOR = 0.15  # how far a frame's transparency may lie from what its expos
 _COLOUR_PRIOR = 0.02  # how far a channel's transparency may lie from the grey one, ln units
 _PLANE_PRIOR = 0.1  # sky gradient over half a frame, share of the sky
 _ITERATIONS = 8
+_HELD = 1e-5  # prior width, ln units or shares of the sky, of what must stay as it is
 _SETTLED = 0.01  # change of the unknowns, in units of a single observation's error, at which iteration ends
 
 
@@ -174,7 +175,9 @@ def match_positions(x: Floats, y: Floats, radius: float) -> Ints:
     return connected_components(graph, directed=False)[1].astype(np.int64)[cell]
 
 
-def solve_gains(star: Ints, frame: Ints, flux: Floats, error: Floats, expected: Floats) -> tuple[Floats, Solution]:
+def solve_gains(
+    star: Ints, frame: Ints, flux: Floats, error: Floats, expected: Floats, held: Floats | None = None
+) -> tuple[Floats, Solution]:
     """Gain of every frame and channel that puts all of them on one photometric scale.
 
     First one grey gain per frame from all channels together, then every channel with the grey gain as its
@@ -188,6 +191,8 @@ def solve_gains(star: Ints, frame: Ints, flux: Floats, error: Floats, expected: 
         ``(n, C)`` ADU.
     expected : ndarray
         ``(F,)`` gain to expect without stars, i.e. typical exposure over the frame's own.
+    held : ndarray, optional
+        ``(F, C)`` gains that stay as they are, NaN where a frame is to be solved against those.
 
     Returns
     -------
@@ -204,19 +209,28 @@ def solve_gains(star: Ints, frame: Ints, flux: Floats, error: Floats, expected: 
     sigma = np.hypot(error / np.where(usable, flux, 1.0), _STAR_FLOOR)
     start = np.log(expected)[:, None]
     each, channel = np.nonzero(usable)
+    held = np.full((frames, channels), np.nan) if held is None else held
+    fixed = np.asarray(np.isfinite(held).all(axis=1), np.bool_)
+    if fixed.any():
+        grey_held = np.log(held[fixed]).mean(axis=1, keepdims=True)
+        start += np.median(grey_held - start[fixed])  # the exposures only say how frames differ
+        start[fixed] = grey_held
 
     def solve(pick: tuple, common: Ints, who: Ints, prior: Floats, width: float) -> Solution:
         design = -np.ones((len(who), 1))
-        return solve_common(common, who, design, value[pick], sigma[pick], prior, np.full((frames, 1), width))
+        widths = np.where(fixed, _HELD, width)[:, None]
+        return solve_common(common, who, design, value[pick], sigma[pick], prior, widths)
 
     grey = solve((each, channel), star[each] * channels + channel, frame[each], start, _GAIN_PRIOR)
     gain = np.empty((frames, channels))
     for c in range(channels):
         rows = np.flatnonzero(usable[:, c])
-        gain[:, c] = solve((rows, c), star[rows], frame[rows], grey.unknowns, _COLOUR_PRIOR).unknowns[:, 0]
-    # One constant is free: keep the typical frame as it is, and the colours as they are.
-    gain -= np.median(grey.unknowns) - np.median(start)
-    return np.exp(gain), grey
+        prior = np.where(fixed, np.log(held[:, c]), grey.unknowns[:, 0])[:, None]
+        gain[:, c] = solve((rows, c), star[rows], frame[rows], prior, _COLOUR_PRIOR).unknowns[:, 0]
+    if not fixed.any():
+        # One constant is free: keep the typical frame as it is, and the colours as they are.
+        gain -= np.median(grey.unknowns) - np.median(start)
+    return np.where(fixed[:, None], held, np.exp(gain)), grey
 
 
 def _once_per_frame(star: Ints, frame: Ints) -> NDArray[np.bool_]:
@@ -294,7 +308,9 @@ def window_frame(window: Window) -> tuple[float, float, float, float]:
     )
 
 
-def solve_skies(samples: list[SkySamples], gain: Floats, noise: Floats) -> tuple[Floats, list[Solution]]:
+def solve_skies(
+    samples: list[SkySamples], gain: Floats, noise: Floats, held: Floats | None = None
+) -> tuple[Floats, list[Solution]]:
     """Sky level and gradient of every frame and channel against the sky they share.
 
     Parameters
@@ -305,6 +321,8 @@ def solve_skies(samples: list[SkySamples], gain: Floats, noise: Floats) -> tuple
         ``(F, C)`` from `solve_gains`.
     noise : ndarray
         ``(F, C)`` error of one sample, ADU before gain.
+    held : ndarray, optional
+        ``(F, C, 3)`` planes that stay as they are, NaN where a frame is to be solved against those.
 
     Returns
     -------
@@ -317,6 +335,8 @@ def solve_skies(samples: list[SkySamples], gain: Floats, noise: Floats) -> tuple
     node, u, v = (np.concatenate([getattr(s, name) for s in samples]) for name in ("node", "u", "v"))
     raw = np.concatenate([s.value for s in samples])
     design = np.stack([np.ones_like(u), u, v], axis=1)
+    held = np.full((*gain.shape, 3), np.nan) if held is None else held
+    fixed = np.asarray(np.isfinite(held).all(axis=(1, 2)), np.bool_)
     plane = np.zeros((*gain.shape, 3))
     solutions = []
     for c in range(gain.shape[1]):
@@ -326,11 +346,12 @@ def solve_skies(samples: list[SkySamples], gain: Floats, noise: Floats) -> tuple
         sky = max(abs(float(np.median(value))), float(np.median(sigma)))
         # Removing the median keeps the numbers small; it comes back through the common sky.
         width = np.tile(sky * np.array([1.0, _PLANE_PRIOR, _PLANE_PRIOR]), (len(samples), 1))
-        prior = np.zeros_like(width)
+        width[fixed] = _HELD * sky
+        prior = np.where(fixed[:, None], held[:, c], 0)
         solution = solve_common(node, frame, design, value - np.median(value), sigma, prior, width)
         plane[:, c] = solution.unknowns
         solutions.append(solution)
-    return plane, solutions
+    return np.where(fixed[:, None, None], held, plane), solutions
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,36 @@ class Photometry:
     star_scatter: float
 
 
+@dataclass(frozen=True)
+class Held:
+    """Frames whose adjustments stay as they are, and the scale that they set.
+
+    Parameters
+    ----------
+    rows : ndarray
+        ``(H,)`` which of the frames.
+    gain, plane : ndarray
+        ``(H, C)`` and ``(H, C, 3)``, as in `zemosaic.levels.Adjustment`.
+    noise, weight : ndarray
+        ``(H, C)``, as in `Photometry`.
+    sky : ndarray
+        ``(C,)`` common sky level, ADU.
+    """
+
+    rows: NDArray[np.int64]
+    gain: Floats
+    plane: Floats
+    noise: Floats
+    weight: Floats
+    sky: Floats
+
+    def among(self, frames: int, values: Floats) -> Floats:
+        """Values ``(H, ...)`` at their places among all frames ``(F, ...)``, NaN elsewhere."""
+        all_of = np.full((frames, *values.shape[1:]), np.nan)
+        all_of[self.rows] = values
+        return all_of
+
+
 _MIN_STARS = 3  # star fluxes a frame must share for its gain to count as measured
 _MATCH_RADIUS = 3.0  # canvas pixels
 
@@ -68,11 +98,13 @@ def match_frames(
     maps: Sequence[PixelMap],
     canvas: Canvas,
     settings: Settings,
+    held: Held | None = None,
 ) -> Photometry:
     """Solve gains and sky levels of all frames at once, as ``stacking_normalize_method`` says.
 
     ``linear_fit`` solves gains from stars and sky planes from overlaps; ``sky_mean`` takes gains from the exposures
-    and sets every frame's median sky to the mean of all; ``none`` leaves the frames alone.
+    and sets every frame's median sky to the mean of all; ``none`` leaves the frames alone. Frames that are `held` keep
+    what they have, and the others are solved against them.
     """
     channels = measures[0].blocks.shape[2]
     gain, plane = np.ones((len(frames), channels)), np.zeros((len(frames), channels, 3))
@@ -83,20 +115,26 @@ def match_frames(
     if settings.stacking_normalize_method != "none":
         gain = np.tile(_exposure_gain(frames)[:, None], (1, channels))
     if settings.stacking_normalize_method == "linear_fit":
-        gain, stars = _gains(frames, measures, canvas, gain[:, 0])
+        gain, stars = _gains(frames, measures, canvas, gain[:, 0], held)
         star_groups, scatter = stars.group, stars.rms
         unmatched = tuple(np.flatnonzero(stars.observations < _MIN_STARS).tolist())
         if settings.match_background_for_final:
-            plane, sky_groups = _skies(measures, maps, canvas, gain)
+            plane, sky_groups = _skies(measures, maps, canvas, gain, held)
     elif settings.stacking_normalize_method == "sky_mean":
         plane[..., 0] = gain * sky - (gain * sky).mean(axis=0)
     noise = gain * np.array([m.noise for m in measures])
     level = np.nanmedian(gain * sky - plane[..., 0], axis=0)
+    weight = frame_weights(noise, np.array([m.fwhm for m in measures]), settings.stacking_weighting_method)
+    if held is not None:
+        # Weights are relative to the typical frame, which must stay the one that it was.
+        weight *= np.median(held.weight / weight[held.rows], axis=0)
+        level, gain[held.rows], plane[held.rows] = held.sky, held.gain, held.plane
+        noise[held.rows], weight[held.rows] = held.noise, held.weight
     return Photometry(
         adjustments=tuple(Adjustment(w, g, p) for w, g, p in zip((m.window for m in maps), gain, plane, strict=True)),
         sky=level,
         noise=noise,
-        weight=frame_weights(noise, np.array([m.fwhm for m in measures]), settings.stacking_weighting_method),
+        weight=weight,
         star_groups=star_groups,
         sky_groups=sky_groups,
         unmatched=unmatched,
@@ -135,7 +173,11 @@ def _exposure_gain(frames: Sequence[Frame]) -> Floats:
 
 
 def _gains(
-    frames: Sequence[Frame], measures: Sequence[FrameMeasure], canvas: Canvas, expected: Floats
+    frames: Sequence[Frame],
+    measures: Sequence[FrameMeasure],
+    canvas: Canvas,
+    expected: Floats,
+    held: Held | None,
 ) -> tuple[Floats, Solution]:
     xs, ys, who, flux, error = [], [], [], [], []
     for i, (frame, measure) in enumerate(zip(frames, measures, strict=True)):
@@ -156,16 +198,18 @@ def _gains(
         np.concatenate(flux),
         np.concatenate(error),
         expected,
+        None if held is None else held.among(len(frames), held.gain),
     )
 
 
 def _skies(
-    measures: Sequence[FrameMeasure], maps: Sequence[PixelMap], canvas: Canvas, gain: Floats
+    measures: Sequence[FrameMeasure], maps: Sequence[PixelMap], canvas: Canvas, gain: Floats, held: Held | None
 ) -> tuple[Floats, NDArray[np.int64]]:
     spacing = int(np.median([m.block_px for m in measures]))
     samples = []
     for measure, pixel_map in zip(measures, maps, strict=True):
         node, x, y, u, v = canvas_nodes(pixel_map.window, spacing, canvas.shape[1])
         samples.append(sample_sky(measure.blocks, measure.block_px, pixel_map.at(x, y), node, u, v))
-    plane, solutions = solve_skies(samples, gain, np.array([m.block_noise for m in measures]))
+    fixed = None if held is None else held.among(len(measures), held.plane)
+    plane, solutions = solve_skies(samples, gain, np.array([m.block_noise for m in measures]), fixed)
     return plane, solutions[0].group if solutions else np.zeros(len(measures), np.int64)

@@ -7,17 +7,19 @@ and exactly the results of that step and of those behind it are made anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
+from astropy.wcs import WCS
 from numpy.typing import NDArray
 
 from zemosaic.cache import Cache, Stamp, code_version, fingerprint
 from zemosaic.calibrate import Calibration
 from zemosaic.coadd import Sub, hull
 from zemosaic.frames import Frame, FrameError
+from zemosaic.headers import pack_wcs
 from zemosaic.measure import FrameMeasure
 from zemosaic.settings import Settings
 from zemosaic.solve.locate import Place
@@ -60,16 +62,26 @@ class Results:
         File → what it was like when its header was read. A frame without one is taken as it is.
     calibration : str
         Fingerprint of the master frames.
+    names : mapping
+        File → fingerprint of the file and of the WCS that was read with it, in a sidecar maybe.
+    origin : tuple of int
+        ``(y, x)`` on the canvas where the pixels of kept tiles are counted from: a canvas may have grown.
     """
 
     cache: Cache = field(default_factory=lambda: Cache(None))
     stamps: Mapping[Path, Stamp] = field(default_factory=dict)
     calibration: str = ""
+    names: Mapping[Path, str] = field(default_factory=dict)
+    origin: tuple[int, int] = (0, 0)
 
     @classmethod
-    def of_run(cls, cache: Cache, stamps: Mapping[Path, Stamp], calibration: Calibration) -> Results:
-        """With the master frames of the run."""
-        return cls(cache, stamps, fingerprint(calibration))
+    def of_run(
+        cls, cache: Cache, stamps: Mapping[Path, Stamp], calibration: Calibration, frames: Sequence[Frame] = ()
+    ) -> Results:
+        """With the master frames of the run, and its frames as they were read."""
+        results = cls(cache, stamps, fingerprint(calibration))
+        names = {f.path: fingerprint(results._source(f), _told(f.wcs)) for f in frames}
+        return replace(results, names=names)
 
     def changed(self, frame: Frame) -> bool:
         """Whether the file is not any more what it was when its header was read."""
@@ -149,33 +161,57 @@ class Results:
         """
         gone = {i: CHANGED for i in members if self.changed(subs[i].frame)}
         while there := [i for i in members if i not in gone]:
-            key = self._key("zemosaic.stacking", self._ingredients(there, subs, settings), sky, window)
+            key = self._key("zemosaic.stacking", self._ingredients(there, subs, settings), sky, self._home(window))
             arrays = self.cache.get("tiles", key, mapped=mapped)
             if arrays is not None:
-                return _unpack_stack(arrays, there, gone)
+                return self._unpack(arrays, there, gone)
             stack = make(there)
             gone |= stack.lost | {i: CHANGED for i in there if self.changed(subs[i].frame)}
             if any(stack.used[i] + stack.rejected[i] for i in gone if i in stack.used):
                 continue  # something of a frame that was no good is in the tile
-            if gone.keys().isdisjoint(there) and self.cache.put("tiles", key, _pack_stack(stack)) and mapped:
+            if gone.keys().isdisjoint(there) and self.cache.put("tiles", key, self._pack(stack)) and mapped:
                 arrays = self.cache.get("tiles", key, mapped=True)
-                stack = stack if arrays is None else _unpack_stack(arrays, there, {})
+                stack = stack if arrays is None else self._unpack(arrays, there, {})
             return _with_lost(stack, gone)
         return _nothing(window or hull([subs[i].window for i in members]), len(sky), gone)
 
     def _ingredients(self, members: Sequence[int], subs: Sequence[Sub], settings: Settings) -> list[object]:
         """All that goes into a tile but its sky and window."""
         taken = [
-            (self._source(s.frame), s.repairs, s.pixel_map, s.adjustment, s.noise, s.weight)
+            (self._source(s.frame), s.repairs, self._home(s.pixel_map), self._home(s.adjustment), s.noise, s.weight)
             for s in (subs[i] for i in members)
         ]
         return [taken, [getattr(settings, name) for name in STACK_SETTINGS]]
+
+    def _home(self, thing: Any) -> Any:
+        """A window, or something that has one, in pixels that are counted from the origin."""
+        if thing is None or isinstance(thing, Window):
+            return thing and thing.shift(-self.origin[0], -self.origin[1])
+        return replace(thing, window=self._home(thing.window))
 
     def _source(self, frame: Frame) -> tuple[object, ...]:
         """What the pixels of a frame depend on."""
         stamp = self.stamps.get(frame.path)
         known = str(frame.path) if stamp is None else stamp
         return known, frame.shape, frame.colour, frame.bayer, frame.saturation
+
+    def _pack(self, stack: Stack) -> dict[str, NDArray[Any]]:
+        tile = stack.tile
+        home = self._home(tile.window)
+        return {
+            "window": np.array([home.y0, home.y1, home.x0, home.x1]),
+            "image": tile.image,
+            "coverage": tile.coverage,
+            "depth": tile.depth,
+            "used": np.array(list(stack.used.values()), np.int64),
+            "rejected": np.array(list(stack.rejected.values()), np.int64),
+        }
+
+    def _unpack(self, arrays: Mapping[str, NDArray[Any]], members: Sequence[int], gone: dict[int, str]) -> Stack:
+        window = Window(*arrays["window"].tolist()).shift(*self.origin)
+        tile = Tile(window, arrays["image"], arrays["coverage"], arrays["depth"])
+        used, rejected = (dict(zip(members, arrays[name].tolist(), strict=True)) for name in ("used", "rejected"))
+        return _with_lost(Stack(tile, used, rejected, {}), gone)
 
     def _key(self, module: str, *parts: object) -> str:
         return fingerprint(code_version(module), self.calibration, *parts)
@@ -213,6 +249,12 @@ def rebuild(cls: type[Made], arrays: Mapping[str, NDArray[Any]], prefix: str = "
     return cls(**values)
 
 
+def _told(wcs: WCS | None) -> object:
+    """The numbers of a WCS."""
+    packed = wcs and pack_wcs(wcs)
+    return packed.to_header_string(relax=True) if isinstance(packed, WCS) else packed
+
+
 def _pack_place(place: Place) -> dict[str, NDArray[Any]]:
     """Solvers give linear TAN; its numbers are kept to the last bit."""
     assert place.wcs is not None
@@ -228,24 +270,6 @@ def _unpack_place(arrays: Mapping[str, NDArray[Any]], frame: Frame) -> Place:
     wcs = linear_tan(arrays["crval"], arrays["crpix"], arrays["cd"], frame.shape)
     residual, matched = arrays["found"].tolist()
     return Place(wcs, arrays["source"].item(), True, residual, int(matched))
-
-
-def _pack_stack(stack: Stack) -> dict[str, NDArray[Any]]:
-    window, tile = stack.tile.window, stack.tile
-    return {
-        "window": np.array([window.y0, window.y1, window.x0, window.x1]),
-        "image": tile.image,
-        "coverage": tile.coverage,
-        "depth": tile.depth,
-        "used": np.array(list(stack.used.values()), np.int64),
-        "rejected": np.array(list(stack.rejected.values()), np.int64),
-    }
-
-
-def _unpack_stack(arrays: Mapping[str, NDArray[Any]], members: Sequence[int], gone: dict[int, str]) -> Stack:
-    tile = Tile(Window(*arrays["window"].tolist()), arrays["image"], arrays["coverage"], arrays["depth"])
-    used, rejected = (dict(zip(members, arrays[name].tolist(), strict=True)) for name in ("used", "rejected"))
-    return _with_lost(Stack(tile, used, rejected, {}), gone)
 
 
 def _with_lost(stack: Stack, gone: dict[int, str]) -> Stack:

@@ -71,6 +71,10 @@ class Window:
         """The window with `margin` more pixels on every side."""
         return Window(self.y0 - margin, self.y1 + margin, self.x0 - margin, self.x1 + margin)
 
+    def shift(self, dy: int, dx: int) -> Window:
+        """The window of the same pixels where they are counted from ``(-dy, -dx)``."""
+        return Window(self.y0 + dy, self.y1 + dy, self.x0 + dx, self.x1 + dx)
+
     def blocks(self, step: int) -> Iterator[Window]:
         """Cut into boxes of at most ``step x step``, aligned to multiples of `step` on the canvas."""
         for y in range(self.y0 - self.y0 % step, self.y1, step):
@@ -176,7 +180,7 @@ class Mosaic:
 
 def alpha_of(coverage: FloatImage) -> NDArray[np.uint8]:
     """Display mask of a coverage map: 255 where there is data, else 0."""
-    return np.where(coverage > 0, 255, 0).astype(np.uint8)
+    return (coverage > 0).astype(np.uint8) * np.uint8(255)
 
 
 def _check(what: str, image: FloatImage, coverage: FloatImage) -> None:

@@ -15,7 +15,8 @@ from zemosaic.report.surface import MosaicStars
 _SIGNAL = 20.0  # from which a centroid is good to some hundredths of a pixel
 _BRIGHT = 60.0  # as in photometry
 _RADIUS = 5.0  # px, in which a star of a catalogue is looked for
-_LEAST = 5
+_LEAST = 5  # stars that tell the shift of a frame
+_ENOUGH = 10  # stars that tell anything about all frames
 _MOST = 3.0  # px, as far as a lot may be off
 
 
@@ -72,6 +73,8 @@ def measure_astrometry(evidence: Evidence, mosaic: MosaicStars, matched: Matched
         residual = _residuals(good)
         residuals = np.hypot(residual[:, 0], residual[:, 1])
         residuals = residuals[np.isfinite(residuals)]
+        if len(np.unique(good.star)) < _ENOUGH:
+            residuals = np.zeros(0)
         # Most stars of a lot are seen by frames of that lot alone, which are all shifted alike.
         shift = np.nan_to_num(between.value)
         level = replace(good, x=good.x - shift[good.lot, 0], y=good.y - shift[good.lot, 1])

@@ -330,7 +330,16 @@ def outline(frame: Frame, wcs: WCS) -> Floats:
     x = np.concatenate([t, one, 1 - t, zero]) * nx - 0.5
     y = np.concatenate([zero, t, one, 1 - t]) * ny - 0.5
     assert frame.wcs is not None
-    return np.stack(wcs.wcs_world2pix(*frame.wcs.all_pix2world(x, y, 0), 0), axis=1)
+    return np.stack(_onto(wcs, *frame.wcs.all_pix2world(x, y, 0)), axis=1)
+
+
+def _onto(wcs: WCS, ra: Floats, dec: Floats) -> tuple[Floats, Floats]:
+    """x, y of places on the sky; our own mosaics have no distortion, those of some cameras do."""
+    if not wcs.has_distortion:
+        x, y = wcs.wcs_world2pix(ra, dec, 0)
+    else:
+        x, y = wcs.all_world2pix(ra, dec, 0, quiet=True)  # far outside it need not converge
+    return x, y
 
 
 def _star_facts(wcs: WCS, seen: Sequence[SeenFrame], gain: Floats) -> StarFacts:
@@ -339,7 +348,7 @@ def _star_facts(wcs: WCS, seen: Sequence[SeenFrame], gain: Floats) -> StarFacts:
     for i, s in enumerate(seen):
         stars = s.measure.stars
         assert s.frame.wcs is not None
-        x, y = wcs.wcs_world2pix(*s.frame.wcs.all_pix2world(stars.x, stars.y, 0), 0)
+        x, y = _onto(wcs, *s.frame.wcs.all_pix2world(stars.x, stars.y, 0))
         # A mosaic keeps surface brightness: on finer pixels a star's values add up to more.
         factor = gain[i] * (pixel_scale(s.frame.wcs) / scale) ** 2
         parts.append(

@@ -13,7 +13,7 @@ The last two, added up star by star, are the map of the zero point over the fiel
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,9 @@ GRID = 6  # cells of the zero-point map along each side, as in the project's sco
 MMAG = 1000.0
 _BRIGHT = 60.0  # signal to noise in one frame, all channels together, from which a star tells millimagnitudes
 _FAINT = 10.0  # signal to noise that still helps to tie lots together
-_LEAST = 30  # stars that repeatability is measured with, if there are as many
+_DIM = 40.0  # ... where there are too few of them
+_WANTED = 30  # stars that repeatability is measured with, if there are as many
+_LEAST = 10  # below which it is not
 _FLOOR = 0.01  # mag, of a single measurement: sampling, flat field, seeing
 _CELL_STARS = 3  # stars from which a cell of the map is more than chance
 _MOST = 0.5  # mag, as far as a lot may be off
@@ -73,37 +75,48 @@ class PhotometryFigures:
 def measure_photometry(evidence: Evidence, mosaic: MosaicStars, matched: Matched | None) -> PhotometryFigures:
     """Everything that stars tell of the gains."""
     channels, lots = evidence.channels, evidence.lots
+    nothing, blank = np.full(channels, np.nan), np.full((GRID, GRID), np.nan, np.float32)
+    unknown = Offsets.unknown(lots, 1 + channels if channels > 1 else 1)
     catalogue = _against_catalogue(evidence, mosaic)
+    found = PhotometryFigures(0, 0, nothing, nothing, nothing, nothing, unknown, blank, catalogue)
     if matched is None:
-        nothing, blank = np.full(channels, np.nan), np.full((GRID, GRID), np.nan, np.float32)
-        unknown = Offsets.unknown(lots, 1 + channels if channels > 1 else 1)
-        return PhotometryFigures(0, 0, nothing, nothing, nothing, nothing, unknown, blank, catalogue)
+        return found
     sound = matched.clean & (matched.flux > 0).all(axis=1)
     usable = matched.take(np.flatnonzero(sound & (matched.signal > _FAINT)))
-    offsets = _lot_magnitudes(usable, lots)
+    if not len(usable):
+        return found
+    between = _lot_magnitudes(usable, lots)
+    found = replace(found, lots=combined(between, _lot_stacking(mosaic, usable, lots)))
     bright = _bright(usable)
-    pairs = average(bright.star, bright.lot, _magnitude(bright.flux), bright.weight)
-    median, p95, shared = _repeatability(pairs[0], pairs[2])
+    if len(np.unique(bright.star)) < _LEAST:
+        return found
+    frames = np.bincount(usable.lot, minlength=lots)
+    tie = float(np.sqrt(np.average(np.nan_to_num(between.error[:, 0] / MMAG) ** 2, weights=frames)))
+    return _with_precision(found, evidence, mosaic, bright, _shrunk(between)[:, -channels:] / MMAG, tie)
+
+
+def _with_precision(
+    found: PhotometryFigures, evidence: Evidence, mosaic: MosaicStars, bright: Matched, offset: Floats, tie: float
+) -> PhotometryFigures:
+    """The figures made of bright stars; `offset`, `tie`: zero points of the lots ``(L, C)`` and their error, mag."""
+    seen, _, magnitude, _ = average(bright.star, bright.lot, _magnitude(bright.flux), bright.weight)
+    median, p95, shared = _repeatability(seen, magnitude)
     noise = _half_differences(bright)
     fine, error = _stacking(mosaic, bright)
-    lot = (_shrunk(offsets)[:, -channels:] / MMAG)[bright.lot]
-    error = (error + average(bright.star, np.zeros_like(bright.star), lot, bright.weight)[2])[fine]
+    error = (error + average(bright.star, np.zeros_like(bright.star), offset[bright.lot], bright.weight)[2])[fine]
     star = np.unique(bright.star)[fine]
     maps, chance = _maps(evidence.shape, mosaic.points[star], error)
-    spread = np.array([_robust_sigma(error[:, c]) for c in range(channels)])
-    known = np.nan_to_num(offsets.error[:, 0]) / MMAG
-    tie = float(np.sqrt(np.average(known**2, weights=np.bincount(usable.lot, minlength=lots)))) if len(usable) else 0.0
+    spread = np.array([_robust_sigma(e) for e in error.T])
     wander = np.array([np.nanstd(m) if np.isfinite(m).any() else np.nan for m in np.moveaxis(maps, 2, 0)])
-    return PhotometryFigures(
+    return replace(
+        found,
         stars=len(star),
         shared=shared,
         repeat_median=MMAG * median,
         repeat_p95=MMAG * p95,
         scatter=MMAG * np.sqrt(noise**2 + spread**2 + tie**2),
         uniformity=MMAG * np.sqrt(wander**2 + (chance * noise) ** 2 + tie**2),
-        lots=combined(offsets, _lot_stacking(mosaic, usable, lots)),
-        map=(MMAG * maps[..., channels // 2]).astype(np.float32),
-        catalogue=catalogue,
+        map=(MMAG * maps[..., evidence.channels // 2]).astype(np.float32),
     )
 
 
@@ -139,7 +152,7 @@ def _bright(usable: Matched) -> Matched:
     signal = np.bincount(at, usable.signal) / np.maximum(count, 1)
     several = count >= 2
     ranked = np.sort(signal[several])[::-1]
-    limit = min(_BRIGHT, ranked[min(_LEAST, len(ranked)) - 1]) if len(ranked) else _BRIGHT
+    limit = float(np.clip(ranked[min(_WANTED, len(ranked)) - 1], _DIM, _BRIGHT)) if len(ranked) else _BRIGHT
     return usable.take(np.flatnonzero((several & (signal >= limit))[at]))
 
 

@@ -1,7 +1,7 @@
 """The embedded plate solver: near the hints, then wider, then anywhere on the sky. Offline and deterministic.
 
 A solution must bring so many stars together that the chance of an accident, times the number of places that were tried,
-is below 1e-12, and its scale must fit. 1,000 lists of random stars came no nearer than 1e-5.
+is below 1e-12, and its scale must fit. The best of 1,000 lists of random points came to 1e-6 (`benchmarks/solve.py`).
 """
 
 from __future__ import annotations

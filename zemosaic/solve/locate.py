@@ -36,6 +36,7 @@ Source = Literal["header", "sidecar", "embedded", "astap", "astrometry", "neighb
 
 _SAMPLE = 3  # frames whose failure shows that the catalogue does not know this sky
 _HOPELESS = 4  # frames that were not found anywhere on the sky, after which nobody looks that far any more
+_ENOUGH = 12  # stars with which a WCS that came with a frame may be corrected
 _KIN = 9  # frames that tell about another of the same camera
 _NEAR_OTHERS = 5.0  # degrees around frames that were solved
 
@@ -328,6 +329,9 @@ def _observations(
 
 def _settled(place: Place, refined: RefinedFrame) -> Place:
     """The place of a frame after all were made to agree."""
+    if refined.state == "refined" and place.source in ("header", "sidecar") and refined.matched < _ENOUGH:
+        # So few stars prove a WCS right, but their own errors are too large to better it.
+        return Place(place.wcs, place.source, True, refined.residual, refined.matched)
     if refined.state in ("kept", "refined"):
         return Place(refined.wcs, place.source, True, refined.residual, refined.matched)
     if refined.state == "rescued":
