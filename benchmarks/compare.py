@@ -140,7 +140,16 @@ def run_swarp(folder: Path, out: Path) -> Cost:
                 str(program),
                 *(str(p) for p in sorted((folder / "planes").glob(f"*_{colour}.fits"))),
                 *f"-IMAGEOUT_NAME {out / colour}.fits -WEIGHTOUT_NAME {out / colour}.weight.fits".split(),
-                *"-COMBINE_TYPE CLIPPED -RESAMPLING_TYPE LANCZOS3 -VERBOSE_TYPE QUIET -WRITE_XML N".split(),
+                *(
+                    "-COMBINE_TYPE",
+                    "CLIPPED",
+                    "-RESAMPLING_TYPE",
+                    "LANCZOS3",
+                    "-VERBOSE_TYPE",
+                    "QUIET",
+                    "-WRITE_XML",
+                    "N",
+                ),
                 *f"-RESAMPLE_DIR {out} -NTHREADS {os.cpu_count()}".split(),
             ]
             for colour in COLOURS

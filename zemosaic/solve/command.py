@@ -95,7 +95,7 @@ def solve_files(
         with one_thread_each():
             events.phase(1, "scan")
             intake = scan(inputs, workers, events)
-            intake.results = Results.of_run(Cache(None), intake.stamps, intake.frames, calibration)
+            intake.results = Results.of_run(Cache(None), intake.stamps, calibration=calibration, frames=intake.frames)
             if not intake.frames:
                 raise SolvingError(_nothing(intake))
             events.phase(2, "measure")
