@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from zemosaic import levels
 from zemosaic.execute import one_thread_each
+from zemosaic import levels as levels_module
 from zemosaic.levels import (
     Adjustment,
     SkySamples,
@@ -494,3 +495,22 @@ def test_an_adjustment_is_gain_times_pixel_minus_plane():
         part = np.empty((3, *block.shape), np.float32)
         adjustment.apply(image[:, ys, xs], block, part)
         np.testing.assert_array_equal(part, out[:, ys, xs])
+
+
+def test_full_equations_are_solved_without_forming_them(monkeypatch):
+    """Eighty frames that all see the same 400 blocks: conjugate gradients find what the factorisation finds."""
+    rng = np.random.default_rng(4)
+    frames, blocks = 80, 400
+    common, frame = np.tile(np.arange(blocks), frames), np.repeat(np.arange(frames), blocks)
+    u, v = rng.uniform(-1, 1, (2, blocks))
+    design = np.tile(np.c_[np.ones(blocks), u, v], (frames, 1))
+    truth = rng.normal(0, [20, 10, 10], (frames, 3))
+    value = rng.normal(600, 50, blocks)[common] + (design * truth[frame]).sum(axis=1) + rng.normal(0, 2, len(common))
+    value[rng.random(len(value)) < 0.02] += 300
+    arguments = common, frame, design, value, np.full(len(value), 2.0)
+    prior = np.zeros((frames, 3)), np.tile([1e4, 30.0, 30.0], (frames, 1))
+    direct = levels_module.solve_common(*arguments, *prior)
+    monkeypatch.setattr(levels_module, "_DENSE_LIMIT", 0)
+    iterated = levels_module.solve_common(*arguments, *prior)
+    np.testing.assert_allclose(iterated.unknowns, direct.unknowns, atol=1e-3)
+    assert iterated.rms == pytest.approx(direct.rms, rel=1e-4)

@@ -16,7 +16,7 @@ from scipy import linalg
 from scipy.ndimage import map_coordinates
 from scipy.sparse import coo_array, csr_array, diags_array
 from scipy.sparse.csgraph import connected_components
-from scipy.sparse.linalg import spsolve
+from scipy.sparse.linalg import LinearOperator, cg, spsolve
 from scipy.spatial import cKDTree
 
 from zemosaic.tiles import FloatImage, Window
@@ -24,7 +24,9 @@ from zemosaic.tiles import FloatImage, Window
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_DENSE_LIMIT = 3000  # unknowns up to which a dense Cholesky beats a sparse factorisation
+_DENSE_LIMIT = 3000  # unknowns up to which the equations are formed and factorised
+_DEEP = 12  # frames that see a star or a block, on average, from which the equations count as full
+_CG_TOLERANCE, _CG_STEPS = 1e-10, 3000  # beyond it: of the residual, and conjugate gradient steps at most
 _STAR_FLOOR = 0.01  # magnitude-like floor of a single flux: sampling, flat field, seeing
 _GAIN_PRIOR = 0.15  # how far a frame's transparency may lie from what its exposure says, ln units
 _COLOUR_PRIOR = 0.02  # how far a channel's transparency may lie from the grey one, ln units
@@ -99,7 +101,7 @@ def solve_common(
     for step in range(_ITERATIONS if len(value) else 0):
         w = weight * robust
         before = unknowns
-        unknowns = _solve_reduced(common, columns, design, value, w, prior, prior_sigma)
+        unknowns = _solve_reduced(common, columns, design, value, w, prior, prior_sigma, before)
         fitted = (design * unknowns.reshape(-1)[columns]).sum(axis=1)
         total = np.bincount(common, w)
         centre = np.bincount(common, w * (value - fitted)) / np.maximum(total, 1e-300)
@@ -115,9 +117,21 @@ def solve_common(
 
 
 def _solve_reduced(
-    common: Ints, columns: Ints, design: Floats, value: Floats, w: Floats, prior: Floats, prior_sigma: Floats
+    common: Ints,
+    columns: Ints,
+    design: Floats,
+    value: Floats,
+    w: Floats,
+    prior: Floats,
+    prior_sigma: Floats,
+    start: Floats,
 ) -> Floats:
-    """One weighted solution of the reduced normal equations, ``(F, P)``."""
+    """One weighted solution of the reduced normal equations, ``(F, P)``.
+
+    Many frames that look at the same sky make the matrix full: beyond `_DENSE_LIMIT` unknowns it is then never formed,
+    and the equations are solved by conjugate gradients from `start`, preconditioned with the block of every frame. In
+    a wide and shallow field it is sparse, and factorised as such, for there the gradients would crawl.
+    """
     size, width = prior.size, prior.shape[1]
     precision = 1 / prior_sigma.reshape(-1) ** 2
     rows = np.repeat(np.arange(len(value)), width)
@@ -126,13 +140,39 @@ def _solve_reduced(
     total = np.bincount(common, w)
     indicator = csr_array((np.ones(len(value)), (common, np.arange(len(value)))), shape=(len(total), len(value)))
     shared = indicator @ wx  # common values x unknowns
-    scaled = diags_array(1 / np.maximum(total, 1e-300)) @ shared
-    normal = (x.T @ wx) - (shared.T @ scaled)
-    right = wx.T @ value - scaled.T @ np.bincount(common, w * value) + precision * prior.reshape(-1)
-    normal = normal + diags_array(precision)
-    if size <= _DENSE_LIMIT:
+    inverse = 1 / np.maximum(total, 1e-300)
+    right = wx.T @ value - shared.T @ (inverse * np.bincount(common, w * value)) + precision * prior.reshape(-1)
+    if size <= _DENSE_LIMIT or len(value) < _DEEP * len(total):
+        normal = (x.T @ wx) - (shared.T @ (diags_array(inverse) @ shared)) + diags_array(precision)
+        if size > _DENSE_LIMIT:
+            return np.asarray(spsolve(normal.tocsc(), right)).reshape(prior.shape)
         return linalg.solve(normal.toarray(), right, assume_a="pos").reshape(prior.shape)
-    return spsolve(normal.tocsc(), right).reshape(prior.shape)
+    blocks = _frame_blocks(columns[:, 0] // width, design, w, len(prior)) + np.einsum(
+        "fp,pq->fpq", precision.reshape(prior.shape), np.eye(width)
+    )
+    own = (x.T @ wx).tocsr()
+    back = shared.T.tocsr()
+
+    def apply(unknowns: Floats) -> Floats:
+        return np.asarray(own @ unknowns - back @ (inverse * (shared @ unknowns)) + precision * unknowns)
+
+    def prepare(residual: Floats) -> Floats:
+        return np.linalg.solve(blocks, residual.reshape(-1, width, 1)).reshape(-1)
+
+    operators = (LinearOperator((size, size), matvec=function, dtype=np.float64) for function in (apply, prepare))
+    matrix, preconditioner = operators
+    found, _ = cg(matrix, right, x0=start.reshape(-1), rtol=_CG_TOLERANCE, maxiter=_CG_STEPS, M=preconditioner)
+    return np.asarray(found).reshape(prior.shape)
+
+
+def _frame_blocks(frame: Ints, design: Floats, w: Floats, frames: int) -> Floats:
+    """``(F, P, P)`` every frame's own part of the normal equations."""
+    width = design.shape[1]
+    blocks = np.empty((frames, width, width))
+    for p in range(width):
+        for q in range(width):
+            blocks[:, p, q] = np.bincount(frame, w * design[:, p] * design[:, q], frames)
+    return blocks
 
 
 def _groups(common: Ints, frame: Ints, frames: int) -> Ints:
