@@ -533,7 +533,10 @@ def stack_megatiles(
     method, k = settings.global_coadd_method, settings.global_coadd_k
     names = {"kappa_sigma": "kappa_sigma", "winsorized": "winsorized_sigma_clip"}
     clip = Clip(names.get(method, "none"), k, k)  # type: ignore[arg-type]
-    unit = [_unit_noise(t) * g for t, g in zip(tiles, gains, strict=True)]
+    unit = []
+    for tile, gain in zip(tiles, gains, strict=True):
+        unit.append(_unit_noise(tile) * gain)
+        store.release()  # one mapped tile after the other, not all at once
     sky32 = sky.astype(np.float32)
     image = np.full((*canvas.shape, channels), np.nan, np.float32)
     coverage = np.zeros(canvas.shape, np.float32)

@@ -70,7 +70,7 @@ _NAMED = (
 )
 _logger = logging.getLogger("zemosaic")
 _MEMORY_SHARE = 0.6  # of the free memory, unless a budget is set
-_RESIDENT_TILES = 3 << 28  # bytes (768 MB): beyond it the system's file cache holds tiles just as well
+_RESIDENT_TILES = 1 << 29  # bytes (512 MB): beyond it the system's file cache holds tiles just as well
 
 
 class RunError(Exception):

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from zemosaic import levels
 from zemosaic.execute import one_thread_each
-from zemosaic import levels as levels_module
 from zemosaic.levels import (
     Adjustment,
     SkySamples,
@@ -509,8 +508,11 @@ def test_full_equations_are_solved_without_forming_them(monkeypatch):
     value[rng.random(len(value)) < 0.02] += 300
     arguments = common, frame, design, value, np.full(len(value), 2.0)
     prior = np.zeros((frames, 3)), np.tile([1e4, 30.0, 30.0], (frames, 1))
-    direct = levels_module.solve_common(*arguments, *prior)
-    monkeypatch.setattr(levels_module, "_DENSE_LIMIT", 0)
-    iterated = levels_module.solve_common(*arguments, *prior)
-    np.testing.assert_allclose(iterated.unknowns, direct.unknowns, atol=1e-3)
+    direct = levels.solve_common(*arguments, *prior)
+    monkeypatch.setattr(levels, "_DENSE_LIMIT", 0)
+    iterated = levels.solve_common(*arguments, *prior)
+    # The level that all share is nobody's to tell.
+    apart = iterated.unknowns - direct.unknowns
+    np.testing.assert_allclose(apart, np.broadcast_to(apart.mean(axis=0), apart.shape), atol=1e-3)
+    np.testing.assert_allclose(apart[:, 1:], 0, atol=1e-3)
     assert iterated.rms == pytest.approx(direct.rms, rel=1e-4)
