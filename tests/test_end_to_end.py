@@ -409,7 +409,7 @@ def test_ctrl_c_stops_a_run_at_once_and_leaves_nothing(subs, tmp_path):
         process.send_signal(signal.SIGINT)
         begun = time.monotonic()
         stdout, _ = process.communicate(timeout=20)
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 5
     assert (process.returncode, stdout) == (130, "")
     # Nothing but what the next run can go on from.
     assert [path.name for path in (tmp_path / "out").glob("*")] in ([], [".zemosaic"])
