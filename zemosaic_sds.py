@@ -9,32 +9,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 import lecropper
-from zemosaic.calibrate import Calibration
 from zemosaic.canvas import Canvas
 from zemosaic.coadd import Sub, block_side, deepest
 from zemosaic.combine import Clip, combine
 from zemosaic.events import Events
 from zemosaic.execute import thread_map
 from zemosaic.frames import Frame
-from zemosaic.live import LivePreview
-from zemosaic.resume import Results
 from zemosaic.settings import Settings
 from zemosaic.stacking import Stack, stack_subs
 from zemosaic.stars import plane_noise
 from zemosaic.store import ArrayStore
 from zemosaic.tiles import FloatImage, Mosaic, Tile, Window, alpha_of
+from zemosaic.workbench import Workbench
 
-NOTHING_KEPT = Results()
+if TYPE_CHECKING:
+    from zemosaic.remote import RemoteLots
+
 _GRID_CELLS = 128  # cells along the longer side of the coarse coverage grid
 _MEDIAN_SAMPLES = 500_000  # pixels that are enough for a median
 _MIN_SHARED = 16  # pixels (or boxes of them) two mega-tiles must share to be compared
@@ -145,15 +145,8 @@ def assemble_global_mosaic_sds(
     subs: Sequence[Sub],
     canvas: Canvas,
     sky: NDArray[np.float64],
-    calibration: Calibration,
-    settings: Settings,
-    events: Events,
-    store: ArrayStore,
-    *,
-    workers: int = 1,
+    bench: Workbench,
     preplan_path_groups: Sequence[Sequence[Path]] | None = None,
-    results: Results = NOTHING_KEPT,
-    live: LivePreview | None = None,
 ) -> SdsResult:
     """The whole chain, from matched frames to the polished mosaic.
 
@@ -165,25 +158,20 @@ def assemble_global_mosaic_sds(
         Global pixel grid.
     sky : ndarray
         ``(C,)`` common sky level of the adjusted frames, ADU.
-    calibration, settings, events, store, workers
-        As in every route; `store` holds the mega-tiles, in memory or memory-mapped.
+    bench : Workbench
+        Settings, calibration, and what else a run works with.
     preplan_path_groups : sequence of sequence of Path, optional
         Lots given by the user.
-    results : Results, optional
-        Mega-tiles of earlier runs, and where to keep those of this one.
-    live : LivePreview, optional
-        Shows the mega-tiles as they are finished.
 
     Raises
     ------
     SdsError
         No usable lot, or a mosaic without a single valid pixel.
     """
+    settings, events, store = bench.settings, bench.events, bench.store
     lots = plan_lots(subs, canvas, settings, events, preplan_path_groups)
     events.phase(5, "lots")
-    built = build_megatiles(
-        lots, subs, sky, calibration, settings, events, store, workers=workers, results=results, live=live
-    )
+    built = build_megatiles(lots, subs, sky, bench)
     if not built:
         raise SdsError("no lot has a frame that can be used")
     tiles, reports = [tile for tile, _ in built], tuple(report for _, report in built)
@@ -191,7 +179,7 @@ def assemble_global_mosaic_sds(
     gains = renormalise_gains(tiles, settings.sds_gain_scope, store.release)
     _report_gains(gains, events)
     events.phase(7, "stack")
-    mosaic = stack_megatiles(tiles, gains.gains, canvas, sky, settings, events, store, workers=workers)
+    mosaic = stack_megatiles(tiles, gains.gains, canvas, sky, bench)
     del built, tiles  # they are the bulk of the memory
     store.clear()
     if not (mosaic.coverage > 0).any():
@@ -284,49 +272,32 @@ def _coarse_footprint(sub: Placed, canvas: Canvas) -> NDArray[np.int64]:
 
 
 def build_megatiles(
-    lots: Sequence[Lot],
-    subs: Sequence[Sub],
-    sky: NDArray[np.float64],
-    calibration: Calibration,
-    settings: Settings,
-    events: Events,
-    store: ArrayStore,
-    *,
-    workers: int = 1,
-    results: Results = NOTHING_KEPT,
-    live: LivePreview | None = None,
+    lots: Sequence[Lot], subs: Sequence[Sub], sky: NDArray[np.float64], bench: Workbench
 ) -> list[tuple[Tile, LotReport]]:
-    """One mega-tile per lot that has a usable frame, with a line in the log for each."""
-    built = []
-    for index, lot in enumerate(lots):
-        events.progress("sds_lots", index, len(lots))
-        megatile = build_megatile(
-            lot, subs, sky, calibration, settings, events, store, workers=workers, results=results
-        )
+    """One mega-tile per lot that has a usable frame, with a line in the log for each as it is finished."""
+    events, live = bench.events, bench.live
+    if bench.remote:
+        made = _remote_megatiles(bench.remote, lots, subs, sky, bench)
+    else:
+        made = ((index, build_megatile(lot, subs, sky, bench)) for index, lot in enumerate(lots))
+    built = {}
+    events.progress("sds_lots", 0, len(lots))
+    for done, (index, megatile) in enumerate(made, start=1):
         if megatile is not None:
-            seconds = megatile[1].seconds
-            events.info("sds_lot_done", index=index + 1, lots=len(lots), frames=len(lot.members), seconds=seconds)
-            built.append(megatile)
+            seconds, frames = megatile[1].seconds, len(lots[index].members)
+            events.info("sds_lot_done", index=index + 1, lots=len(lots), frames=frames, seconds=seconds)
+            built[index] = megatile
             if live:
                 live.add(megatile[0])
-                store.release()
-    events.progress("sds_lots", len(lots), len(lots))
+                bench.store.release()
+        events.progress("sds_lots", done, len(lots))
     if live:
         live.draw()
-    return built
+    return [built[index] for index in sorted(built)]
 
 
 def build_megatile(
-    lot: Lot,
-    subs: Sequence[Sub],
-    sky: NDArray[np.float64],
-    calibration: Calibration,
-    settings: Settings,
-    events: Events,
-    store: ArrayStore,
-    *,
-    workers: int = 1,
-    results: Results = NOTHING_KEPT,
+    lot: Lot, subs: Sequence[Sub], sky: NDArray[np.float64], bench: Workbench
 ) -> tuple[Tile, LotReport] | None:
     """Stack one lot in the global WCS: read and mend, warp once, match, weight, reject, average.
 
@@ -342,18 +313,34 @@ def build_megatile(
     start = time.perf_counter()
 
     def stack(members: Sequence[int]) -> Stack:
-        return stack_subs(members, subs, sky, calibration, settings, events, room=store.room, workers=workers)
+        means = bench.calibration, bench.settings, bench.events
+        return stack_subs(members, subs, sky, *means, room=bench.store.room, workers=bench.workers)
 
-    made = results.stack(lot.members, subs, sky, settings, stack, mapped=True)
+    made = bench.results.stack(lot.members, subs, sky, bench.settings, stack, mapped=True)
+    return _kept(lot, made, bench.store, time.perf_counter() - start)
+
+
+def _remote_megatiles(
+    remote: RemoteLots, lots: Sequence[Lot], subs: Sequence[Sub], sky: NDArray[np.float64], bench: Workbench
+) -> Iterator[tuple[int, tuple[Tile, LotReport] | None]]:
+    """The mega-tiles of a cluster, each with the index of its lot, as they are finished."""
+    results, settings = bench.results, bench.settings
+    steps = [results.steps(lot.members, subs, sky, settings, mapped=True) for lot in lots]
+    for index, made, seconds in remote.stacks(steps, subs, sky, bench.calibration, settings, results.stamps):
+        megatile = _kept(lots[index], made, bench.store, seconds)
+        del made  # before the next one comes
+        yield index, megatile
+
+
+def _kept(lot: Lot, made: Stack, store: ArrayStore, seconds: float) -> tuple[Tile, LotReport] | None:
+    """The stack of a lot as a mega-tile in the store; None if no frame could be read."""
     if len(made.lost) == len(lot.members):
         return None
     window = made.tile.window
     tile = Tile(window, *(store.keep(a) for a in (made.tile.image, made.tile.coverage, made.tile.depth)))
     store.release()
-    seconds = time.perf_counter() - start
     used, rejected = (tuple(counts[i] for i in lot.members) for counts in (made.used, made.rejected))
-    report = LotReport(lot, window, used, rejected, made.lost, seconds)
-    return tile, report
+    return tile, LotReport(lot, window, used, rejected, made.lost, seconds)
 
 
 # --- gain renormalisation -----------------------------------------------------------------------------------
@@ -512,15 +499,7 @@ def _report_gains(gains: Gains, events: Events) -> None:
 
 
 def stack_megatiles(
-    tiles: Sequence[Tile],
-    gains: Sequence[float],
-    canvas: Canvas,
-    sky: NDArray[np.float64],
-    settings: Settings,
-    events: Events,
-    store: ArrayStore,
-    *,
-    workers: int = 1,
+    tiles: Sequence[Tile], gains: Sequence[float], canvas: Canvas, sky: NDArray[np.float64], bench: Workbench
 ) -> Mosaic:
     """Combine the renormalised mega-tiles on the canvas; levels stay as they are.
 
@@ -529,7 +508,7 @@ def stack_megatiles(
     tile's, scaled to that weight, so that rejection works from two tiles on. The canvas's coverage
     counts the frames behind the samples that were kept.
     """
-    channels = len(sky)
+    channels, settings, events, store = len(sky), bench.settings, bench.events, bench.store
     method, k = settings.global_coadd_method, settings.global_coadd_k
     names = {"kappa_sigma": "kappa_sigma", "winsorized": "winsorized_sigma_clip"}
     clip = Clip(names.get(method, "none"), k, k)  # type: ignore[arg-type]
@@ -558,7 +537,7 @@ def stack_megatiles(
         return block, result[inner], depth[inner]
 
     blocks = list(Window.of_shape(canvas.shape).blocks(block_side(deepest([t.window for t in tiles]), channels)))
-    for done, made in enumerate(thread_map(work, blocks, workers), start=1):
+    for done, made in enumerate(thread_map(work, blocks, bench.workers), start=1):
         if made is not None:
             block, result, depth = made
             image[block.slices] = result

@@ -14,9 +14,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -37,7 +38,7 @@ from zemosaic.headers import printable
 from zemosaic.intake import Intake
 from zemosaic.ledger import FrameRecord, Ledger, LedgerError, TileRecord, fate
 from zemosaic.live import LivePreview
-from zemosaic.mastertile import TilePixels, read_master_tile, save_master_tile
+from zemosaic.mastertile import read_master_tile, save_master_tile
 from zemosaic.photometry import Photometry
 from zemosaic.preview import PreviewSettings
 from zemosaic.product import ProductError, ProductFacts, ProductPaths, save_product
@@ -49,8 +50,12 @@ from zemosaic.settings import Settings, settings_toml
 from zemosaic.stacking import Stack, stack_subs
 from zemosaic.store import ArrayStore
 from zemosaic.tiles import Mosaic, Tile, Window, alpha_of
+from zemosaic.workbench import Workbench
 from zemosaic.workplace import UNFINISHED, WorkplaceError, scratch_folder, workplace
 from zequalitymt import SHAPE_FAULTS, Verdict, frame_metrics, judge, kept, tile_gate, tile_metrics
+
+if TYPE_CHECKING:
+    from zemosaic.remote import RemoteLots
 
 EXIT_ASKED, EXIT_FALLBACK = 0, 3
 
@@ -102,24 +107,17 @@ class RunResult:
     ledger: Ledger
 
 
-@dataclass(frozen=True)
-class Job:
+@dataclass(frozen=True, kw_only=True)
+class Job(Workbench):
     """What a route gets: matched frames and the means to stack them."""
 
     subs: Sequence[Sub]
     photometry: Photometry
     canvas: Canvas
-    calibration: Calibration
-    settings: Settings
-    events: Events
-    store: ArrayStore
-    workers: int
     output_folder: Path
     preplan_path_groups: Sequence[Sequence[Path]] | None
     verdicts: Mapping[Path, Verdict]
-    results: Results = field(default_factory=Results)
     old_lots: Sequence[Sequence[Path]] = ()
-    live: LivePreview | None = None
 
 
 @dataclass(frozen=True)
@@ -196,11 +194,13 @@ def run_hierarchical_mosaic(
             one_thread_each(),
             workplace(output_folder, scratch) as hidden,
             ArrayStore(resident_bytes(settings, budget), scratch) as store,
+            open_cluster(settings, routes, events) as remote,
         ):
             cache = open_cache(hidden, settings, events)
             job, intake = prepare_job(
                 inputs, output_folder, settings, events, store, budget, preplan_path_groups, cache
             )
+            job = replace(job, remote=remote)
             if live_preview:
                 live = LivePreview(hidden, job.canvas.shape, events, preview_settings(settings))
                 job = replace(job, live=live)
@@ -256,6 +256,20 @@ def open_cache(hidden: Path, settings: Settings, events: Events) -> Cache:
     return Cache(hidden / "results", limit, trouble=lambda reason: events.warning("run_warn_not_kept", reason=reason))
 
 
+@contextmanager
+def open_cluster(settings: Settings, routes: Sequence[str], events: Events) -> Iterator[RemoteLots | None]:
+    """The cluster of the setting ``scheduler``, connected before hours of work may be in vain; None without one."""
+    if settings.scheduler and routes[0] != "sds":
+        events.warning("cluster_unused", route=routes[0])
+    if not settings.scheduler or routes[0] != "sds":
+        yield None
+        return
+    from zemosaic.remote import remote_lots  # here, because it needs an extra
+
+    with remote_lots(settings, events) as remote:
+        yield remote
+
+
 def keep_state(job: Job, intake: Intake, made: RouteResult, route: str) -> None:
     """Keep what a run over a grown folder goes on from; the lots only of the route that has lots."""
     frames = [sub.frame for sub in job.subs]
@@ -267,7 +281,7 @@ def keep_state(job: Job, intake: Intake, made: RouteResult, route: str) -> None:
         job.photometry,
         job.canvas,
         intake.aperture,
-        [intake.zooms.get(steps.camera(frame), 1.0) for frame in frames],
+        [intake.zooms.get(frame.camera, 1.0) for frame in frames],
         [outcome.lot if route == "sds" else -1 for outcome in made.outcomes],
     )
 
@@ -312,19 +326,19 @@ def prepare_job(
     events.phase(4, "levels")
     subs, photometry = steps.match(intake, canvas, settings, workers, events)
     job = Job(
-        subs,
-        photometry,
-        canvas,
-        calibration,
-        settings,
-        events,
-        store,
-        workers,
-        output_folder,
-        preplan_path_groups,
-        verdicts,
-        intake.results,
-        intake.carried.groups(intake.frames, intake.old_frames()) if intake.carried else (),
+        subs=subs,
+        photometry=photometry,
+        canvas=canvas,
+        calibration=calibration,
+        settings=settings,
+        events=events,
+        store=store,
+        workers=workers,
+        output_folder=output_folder,
+        preplan_path_groups=preplan_path_groups,
+        verdicts=verdicts,
+        results=intake.results,
+        old_lots=intake.carried.groups(intake.frames, intake.old_frames()) if intake.carried else (),
     )
     return job, intake
 
@@ -374,7 +388,7 @@ def run_routes(routes: Sequence[str], job: Job) -> tuple[str, RouteResult, list[
             made = ROUTES[route](job)
             _with_data(made.mosaic)
             return route, made, failures
-        except Cancelled:
+        except (Cancelled, ConnectionError):  # a cluster that is gone is no fault of the route
             raise
         except Exception as problem:  # whatever a route dies of, the next one must get its turn
             _logger.debug("route %s", route, exc_info=True)
@@ -389,19 +403,8 @@ def _sds(job: Job) -> RouteResult:
     """lots → mega-tiles → gain renormalisation → global stack → polish."""
     import zemosaic_sds  # not at the top: a run without SDS never touches it
 
-    made = zemosaic_sds.assemble_global_mosaic_sds(
-        job.subs,
-        job.canvas,
-        job.photometry.sky,
-        job.calibration,
-        job.settings,
-        job.events,
-        job.store,
-        workers=job.workers,
-        preplan_path_groups=[*job.old_lots, *(job.preplan_path_groups or ())],
-        results=job.results,
-        live=job.live,
-    )
+    given = [*job.old_lots, *(job.preplan_path_groups or ())]
+    made = zemosaic_sds.assemble_global_mosaic_sds(job.subs, job.canvas, job.photometry.sky, job, given)
     outcomes = [Outcome(-1, 0, 0, "no lot took it")] * len(job.subs)
     tiles = []
     for index, (report, median, gain) in enumerate(zip(made.lots, made.gains.medians, made.gains.gains, strict=True)):
@@ -452,11 +455,13 @@ def _master_tiles(job: Job) -> RouteResult:
         tiles, photometry = match_tiles(paths, job)
     events.phase(7, "assembly")
     mosaic = assemble(
-        _read_tiles(tiles, job),
+        tiles,
+        read_master_tile,
         job.canvas,
         photometry.sky,
         settings.final_assembly_method,
         workers=job.workers,
+        progress=partial(events.progress, "phase5_incremental"),
         check_stop=events.check_stop,
     )
     events.phase(8, "polish")
@@ -578,28 +583,12 @@ def _for_tiles(settings: Settings) -> Settings:
     return settings.model_copy(update=changes)
 
 
-def _read_tiles(tiles: Sequence[Sub], job: Job) -> Iterator[tuple[Sub, TilePixels]]:
-    for index, sub in enumerate(tiles):
-        job.events.progress("phase5_incremental", index, len(tiles))
-        yield sub, read_master_tile(sub.frame)
-    job.events.progress("phase5_incremental", len(tiles), len(tiles))
-
-
 def _stack(members: Sequence[int], job: Job, window: Window | None = None) -> Stack:
     sky, settings = job.photometry.sky, job.settings
 
     def stack(members: Sequence[int]) -> Stack:
-        return stack_subs(
-            members,
-            job.subs,
-            sky,
-            job.calibration,
-            settings,
-            job.events,
-            room=job.store.room,
-            workers=job.workers,
-            window=window,
-        )
+        means = job.calibration, settings, job.events
+        return stack_subs(members, job.subs, sky, *means, room=job.store.room, workers=job.workers, window=window)
 
     return job.results.stack(members, job.subs, sky, settings, stack, window=window)
 

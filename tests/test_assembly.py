@@ -93,8 +93,11 @@ def seen(
 
 
 def rebuilt(tiles: Sequence[Piece], method: Method, **options: object) -> Mosaic:
-    channels = 3 if tiles[0][1].image.ndim == 3 else 1
-    return assemble(iter(tiles), CANVAS, LEVEL[:channels], method, **options)
+    channels = 3 if tiles and tiles[0][1].image.ndim == 3 else 1
+    pixels = {id(sub.frame): tile for sub, tile in tiles}
+    return assemble(
+        [sub for sub, _ in tiles], lambda frame: pixels[id(frame)], CANVAS, LEVEL[:channels], method, **options
+    )
 
 
 def rows(channels: int = 1) -> list[Piece]:
@@ -213,7 +216,7 @@ def test_tiles_that_miss_the_canvas_do_no_harm(method):
 
 
 def test_no_tile_at_all_is_no_data(method):
-    mosaic = assemble(iter(()), CANVAS, LEVEL[:1], method)
+    mosaic = rebuilt([], method)
     assert np.isnan(mosaic.image).all() and not mosaic.coverage.any() and not mosaic.alpha.any()
 
 
@@ -237,16 +240,16 @@ COMMON = LEFT.intersect(RIGHT).slices
 
 
 def test_weights_are_the_coverage_and_coverage_adds_up(method):
-    mosaic = rebuilt([cut(LEFT, flat(1000), 3.0), cut(RIGHT, flat(1040), 1.0)], method)
+    mosaic = rebuilt([cut(LEFT, flat(1000), 12.0), cut(RIGHT, flat(1040), 4.0)], method)
     np.testing.assert_allclose(mosaic.image[COMMON], 1010, rtol=1e-6)
-    np.testing.assert_allclose(mosaic.coverage[COMMON], 4, rtol=1e-6)
-    np.testing.assert_allclose(mosaic.coverage[20:120, 10:80], 3, rtol=1e-6)
+    np.testing.assert_allclose(mosaic.coverage[COMMON], 16, rtol=1e-6)
+    np.testing.assert_allclose(mosaic.coverage[20:120, 10:80], 12, rtol=1e-6)
     np.testing.assert_allclose(mosaic.image[20:120, 120:200], 1040, rtol=1e-6)
-    assert mosaic.coverage.sum(dtype=float) == pytest.approx(100 * (3 * 110 + 120))
+    assert mosaic.coverage.sum(dtype=float) == pytest.approx(4 * 100 * (3 * 110 + 120))
 
 
 def test_coverage_that_varies_within_a_tile_is_followed(method):
-    ramp = np.linspace(1, 12, 110, dtype=np.float32)[None, :] * np.ones((100, 1), np.float32)
+    ramp = np.linspace(3, 12, 110, dtype=np.float32)[None, :] * np.ones((100, 1), np.float32)
     mosaic = rebuilt([cut(LEFT, flat(1000), ramp), cut(RIGHT, flat(1040), 5.0)], method)
     share = ramp[:, 70:] / (ramp[:, 70:] + 5)
     np.testing.assert_allclose(mosaic.image[COMMON], 1040 - 40 * share, rtol=1e-5)
@@ -283,6 +286,44 @@ def test_gain_and_level_are_applied_before_tiles_are_mixed(method):
     mosaic = rebuilt([good, (replace(sub, adjustment=adjustment), pixels)], method)
     known = mosaic.coverage > 0
     np.testing.assert_allclose(mosaic.image[known], truth()[known], rtol=1e-6)
+
+
+# --- shallow parts ----------------------------------------------------------------------------------------
+
+TRAIL = (slice(60, 62), slice(85, 115))  # on the canvas, in what LEFT and RIGHT share
+
+
+def with_trail(box: Window, coverage: FloatImage | float) -> Piece:
+    image = truth()
+    image[TRAIL] += 150
+    return cut(box, image, coverage)
+
+
+def test_a_trail_in_a_shallow_tile_does_not_reach_the_mosaic_where_deeper_ones_know_better(method):
+    mosaic = rebuilt([with_trail(LEFT, 2.0), cut(RIGHT, truth(), 8.0)], method)
+    np.testing.assert_allclose(mosaic.image[TRAIL], truth()[TRAIL], rtol=2e-6)
+    np.testing.assert_allclose(mosaic.coverage[TRAIL], 8, rtol=1e-6)
+    np.testing.assert_allclose(mosaic.coverage[70:110, 85:115], 10, rtol=1e-6)  # what agrees counts as ever
+
+
+def test_which_tile_comes_first_makes_no_difference_to_that(method):
+    tiles = [with_trail(LEFT, 2.0), cut(RIGHT, truth(), 8.0)]
+    np.testing.assert_allclose(rebuilt(tiles, method).image, rebuilt(tiles[::-1], method).image, rtol=1e-6)
+
+
+def test_only_the_shallow_part_of_a_tile_is_judged(method):
+    """The same trail in the deep part of a tile is what most frames saw: it stays."""
+    coverage = np.full(SHAPE, 2, np.float32)
+    coverage[:, 100:] = 8
+    mosaic = rebuilt([with_trail(LEFT, coverage[LEFT.slices]), cut(RIGHT, truth(), 8.0)], method)
+    excess = mosaic.image[TRAIL] - truth()[TRAIL]
+    assert np.abs(excess[:, :14]).max() < 0.01
+    np.testing.assert_allclose(excess[:, 16:], 75, rtol=1e-4)
+
+
+def test_shallow_tiles_alone_are_all_there_is(method):
+    mosaic = rebuilt([with_trail(LEFT, 2.0), cut(RIGHT, truth(), 2.0)], method)
+    np.testing.assert_allclose((mosaic.image - truth())[TRAIL], 75, rtol=1e-4)
 
 
 # --- holes ------------------------------------------------------------------------------------------------
@@ -448,7 +489,7 @@ def test_a_table_named_coverage_is_no_map(tmp_path):
 
 def test_a_tile_with_a_stored_coverage_outweighs_one_without(tmp_path, method):
     """The whole way: two tiles from disk, of 6 frames and of an unknown number."""
-    deep, shallow = flat(1000)[LEFT.slices], flat(1070)[RIGHT.slices]
+    deep, shallow = flat(1000)[LEFT.slices], flat(1028)[RIGHT.slices]
     coverage = np.full(LEFT.shape, 6, np.float32)
     tile = Mosaic(deep, coverage, alpha_of(coverage), CANVAS.wcs[LEFT.slices])
     save_master_tile(tmp_path / "deep.fits", tile, NAMES, 60.0)
@@ -461,7 +502,7 @@ def test_a_tile_with_a_stored_coverage_outweighs_one_without(tmp_path, method):
         tiles.append((replace(sub, frame=frame), pixels))
     mosaic = rebuilt(tiles, method)
     inner = (slice(25, 115), slice(85, 115))
-    np.testing.assert_allclose(mosaic.image[inner], 1010, rtol=1e-6)
+    np.testing.assert_allclose(mosaic.image[inner], 1004, rtol=1e-6)
     np.testing.assert_allclose(mosaic.coverage[inner], 7, rtol=1e-6)
 
 

@@ -355,10 +355,11 @@ def test_a_folder_that_cannot_be_written_to_is_told(tmp_path):
 
 def test_half_done_products_are_removed_and_whole_ones_stay(tmp_path):
     whole = {"M_sds.fits", "M_sds.png", "M_sds.toml", "M_sds_frames.csv"}
-    others = {"mine.fits.part", "notes.png.part"}
+    others = {"mine.fits.part", "notes.png.part", "my_report.html.part"}
+    killed_when_reporting = {"M_sds_report.html.part", "M_sds_report.json.part"}
     claim_not_given_back = {"M_sds.fits.part"}
     killed_when_publishing = {"M_sds_2.fits.part", "M_sds_2.png", "M_sds_2.toml.part", "M_sds_2_frames.csv.part"}
-    for name in whole | others | claim_not_given_back | killed_when_publishing:
+    for name in whole | others | claim_not_given_back | killed_when_publishing | killed_when_reporting:
         (tmp_path / name).touch()
     with workplace(tmp_path):
         pass

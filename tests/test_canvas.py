@@ -17,13 +17,11 @@ from zemosaic.canvas import (
     footprint,
     pixel_scale,
     plan_canvas,
-    separation,
-    to_radec,
-    to_vectors,
 )
 from zemosaic.demo import tangent_header
 from zemosaic.frames import Frame
 from zemosaic.settings import Settings
+from zemosaic.sphere import separation, to_radec, to_vectors
 from zemosaic.tiles import Window
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -170,6 +168,13 @@ def test_the_order_of_the_frames_does_not_matter():
 def test_a_window_beside_the_canvas_is_empty():
     canvas = plan_canvas(row(2), Settings())
     assert canvas.window_of(frame(90.0, 10.0)).area == 0
+
+
+@pytest.mark.parametrize("place", [(263.0, -10.0), (173.2, 0.0)], ids=["opposite", "on the horizon"])
+def test_a_frame_on_the_far_side_of_the_sky_has_no_window(place):
+    canvas = plan_canvas(row(2), Settings())
+    with pytest.raises(CanvasError, match=r"\.fit looks away from the canvas: run it on its own"):
+        canvas.window_of(frame(*place))
 
 
 @pytest.mark.parametrize("ras", [(0, 180), (0, 65, 130), (300, 0, 70)])

@@ -20,10 +20,10 @@ from scipy.spatial import cKDTree
 
 import zemosaic_sds
 import zemosaic_worker
-from zemosaic.canvas import to_vectors
 from zemosaic.demo import FieldTruth, make_field
 from zemosaic.events import Cancelled, Event
 from zemosaic.settings import Settings
+from zemosaic.sphere import to_vectors
 from zemosaic.tiles import Window
 from zemosaic_worker import EXIT_ASKED, EXIT_FALLBACK, RunError, RunResult, run_hierarchical_mosaic
 from zequalitymt import tile_metrics

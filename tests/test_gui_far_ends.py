@@ -18,13 +18,13 @@ import cv2
 import numpy as np
 import pytest
 
-from zemosaic.canvas import to_vectors
 from zemosaic.demo import make_field
 from zemosaic.events import Event
 from zemosaic.gui import helper, i18n, protocol
 from zemosaic.gui.presets import Presets
 from zemosaic.gui.progress import RunProgress, clock_text
 from zemosaic.settings import Settings, SettingsError, describe_settings
+from zemosaic.sphere import to_vectors
 
 GUI = Path(helper.__file__).parent
 
@@ -200,7 +200,7 @@ def test_the_bar_is_monotonic_and_full_at_the_end() -> None:
 def test_remaining_time_comes_true_once_the_phases_are_known() -> None:
     now = [0.0]
     seconds = {"scan": 1.0, "measure": 9.0, "lots": 80.0, "save": 10.0}
-    others = dict.fromkeys(("canvas", "levels", "gains", "stack", "polish"), 1e-9)
+    others = dict.fromkeys(("solve", "levels", "gains", "stack", "polish", "report"), 1e-9)
     progress = RunProgress("sds", seconds | others, clock=lambda: now[0])
     assert progress.remaining is None
     for phase, length in (("scan", 1.0), ("measure", 9.0), ("lots", 40.0)):
@@ -208,6 +208,14 @@ def test_remaining_time_comes_true_once_the_phases_are_known() -> None:
         now[0] += length
     progress.hear({"event": "progress", "values": {"current": 5, "total": 10}})
     assert progress.remaining == pytest.approx(50, rel=0.01)
+
+
+def test_what_will_not_come_is_not_waited_for() -> None:
+    progress = RunProgress("sds", without=("report",))
+    assert "report" not in progress.phases and "report" in RunProgress("sds").phases
+    progress.hear({"event": "phase", "key": f"phase_{progress.phases[-1]}"})
+    progress.hear({"event": "progress", "values": {"current": 10, "total": 10}})
+    assert progress.fraction == pytest.approx(1)
 
 
 def test_a_fallback_changes_the_phases_but_never_the_past() -> None:

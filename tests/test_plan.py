@@ -275,3 +275,25 @@ def test_command_ends_with_a_sentence_and_a_status(tmp_path: Path, row: Path):
     assert "Problem: a canvas of" in small.stdout
     assert zemosaic("plan", row, "--set", "nonsense=1").exit_code == 2
     assert zemosaic("plan", row, "--sds", "--route", "sds").exit_code == 2
+
+
+def test_plan_is_of_the_same_choice_of_frames_as_the_run(tmp_path: Path) -> None:
+    folder = write_row(tmp_path / "subs", [0.0, 0.1], [0.5, 0.6], [9.0])
+    chosen = tmp_path / "only.txt"
+    chosen.write_text("".join(f"subs/s{i:03d}.fit\n" for i in (0, 1, 3)))
+    plans = []
+    for options in ([], ["--only", str(chosen)]):
+        done = CliRunner().invoke(app, ["plan", str(folder), "--no-probe", "--json", *options])
+        assert done.exit_code == 0, done.stderr
+        plans.append(json.loads(done.stdout))
+    assert [plan["files"]["found"] for plan in plans] == [5, 3]
+    assert plans[1]["files"]["used"] == 3 and not plans[1]["left_out"]
+    missing = CliRunner().invoke(app, ["plan", str(folder), "--only", str(tmp_path / "no.txt")])
+    assert missing.exit_code == 2
+
+
+def test_plan_looks_for_room_where_the_run_will_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, asked = write_row(tmp_path / "subs", [0.0, 0.1]), []
+    monkeypatch.setattr(steps, "check_room", lambda *call: asked.append(call[3]))
+    assert CliRunner().invoke(app, ["plan", str(folder), "--no-probe", "--into", str(tmp_path / "out")]).exit_code == 0
+    assert asked == [tmp_path / "out"] and not (tmp_path / "out").exists()

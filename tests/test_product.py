@@ -24,6 +24,7 @@ from zemosaic import product
 from zemosaic.demo import tangent_header
 from zemosaic.ledger import FrameRecord, Ledger, LedgerError, TileRecord
 from zemosaic.product import ProductError, ProductFacts, file_name, save_product, wcs_cards
+from zemosaic.report.page import report_paths
 from zemosaic.tiles import Mosaic, Window, alpha_of
 
 FACTS = ProductFacts(
@@ -230,6 +231,14 @@ def test_nothing_is_ever_overwritten(tmp_path):
     }
     assert {path: path.read_bytes() for path in before} == before
     assert first.fits in before
+
+
+@pytest.mark.parametrize("report", ["html", "json"])
+def test_the_report_of_a_former_product_keeps_its_name_too(tmp_path, report):
+    former = getattr(report_paths(tmp_path / "M_42_sds.fits"), report)
+    former.write_text("all that is left of it")
+    assert save(tmp_path).fits.name == "M_42_sds_2.fits"
+    assert former.read_text() == "all that is left of it"
 
 
 def test_runs_that_end_together_get_a_name_each(tmp_path):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from zemosaic.settings import Settings, SettingsError, settings_from
 from zemosaic.store import ArrayStore
 from zemosaic.tiles import Mosaic, Tile, Window, alpha_of
 from zemosaic.warp import PixelMap
+from zemosaic.workbench import Workbench
 from zemosaic_sds import (
     Lot,
     SdsError,
@@ -410,12 +412,16 @@ def test_shared_medians_are_those_of_the_common_pixels():
 # --- global stack -----------------------------------------------------------------------------------------
 
 
+def bench_of(settings: Settings, **means: Any) -> Workbench:
+    return Workbench(**({"events": Events(), "store": ArrayStore(1 << 30)} | means), settings=settings)
+
+
 def stack(tiles: Sequence[Tile], gains: Sequence[float] | None = None, *, workers: int = 1, **settings: object):
     canvas = canvas_of((100, 160))
     settings = Settings(**({"global_coadd_method": "mean"} | settings))
     gains = gains or [1.0] * len(tiles)
     sky = np.array([SKY])
-    return stack_megatiles(tiles, gains, canvas, sky, settings, Events(), ArrayStore(1 << 30), workers=workers)
+    return stack_megatiles(tiles, gains, canvas, sky, bench_of(settings, workers=workers))
 
 
 def noisy_tile(box: Window, level: float = SKY, coverage: float = 5, seed: int = 0) -> Tile:
@@ -462,9 +468,7 @@ def test_images_stay_float32(method, channels):
         [1.0, np.float64(1.01), 0.99],
         canvas_of((100, 100)),
         np.full(channels, SKY),
-        Settings(global_coadd_method=method),
-        Events(),
-        ArrayStore(1 << 30),
+        bench_of(Settings(global_coadd_method=method)),
     )
     assert mosaic.image.shape == ((100, 100, 3) if channels == 3 else (100, 100))
     assert (mosaic.image.dtype, mosaic.coverage.dtype, mosaic.alpha.dtype) == (np.float32, np.float32, np.uint8)
@@ -642,12 +646,8 @@ def assemble(job: Job, heard: Heard) -> Callable[..., SdsResult]:
             job.subs if subs is None else subs,
             job.canvas,
             job.sky,
-            Calibration(),
-            job.settings,
-            heard.events,
-            store or ArrayStore(1 << 30),
-            workers=workers,
-            preplan_path_groups=preplan_path_groups,
+            bench_of(job.settings, events=heard.events, store=store or ArrayStore(1 << 30), workers=workers),
+            preplan_path_groups,
         )
 
     return run
@@ -710,7 +710,7 @@ def missing(sub: Sub) -> Sub:
 
 def test_a_frame_that_has_gone_is_named_and_the_lot_goes_on(job):
     subs = [missing(sub) if i == 2 else sub for i, sub in enumerate(job.subs)]
-    made = build_megatile(Lot((1, 2, 3)), subs, job.sky, Calibration(), job.settings, Events(), ArrayStore(1 << 30))
+    made = build_megatile(Lot((1, 2, 3)), subs, job.sky, bench_of(job.settings))
     assert made is not None
     tile, report = made
     assert list(report.lost) == [2]

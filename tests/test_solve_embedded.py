@@ -18,11 +18,12 @@ from scipy.spatial import cKDTree
 from zemosaic.calibrate import Calibration
 from zemosaic.frames import Frame, read_frame
 from zemosaic.measure import measure_frame
-from zemosaic.solve.catalogue import Catalogue, load_catalogue, unit_vectors
+from zemosaic.solve.catalogue import Catalogue, load_catalogue
 from zemosaic.solve.embedded import SolveError, solve
 from zemosaic.solve.hint import Hint, hint_of
 from zemosaic.solve.match import find_places, sky_triangles, thin_out
 from zemosaic.solve.placement import Placement, deproject, project
+from zemosaic.sphere import to_vectors
 from zemosaic.stars import Aperture
 
 S50 = Camera()
@@ -251,8 +252,8 @@ def test_panels_with_hardly_a_star_are_found_among_the_stars_of_their_neighbours
         assert off(found.wcs, subs[i].wcs) < 0.6, i
         ra, dec = found.wcs.wcs_pix2world(stars[i].x, stars[i].y, 0)
         mag = 20 - 2.5 * np.log10(stars[i].flux.sum(axis=1))
-        directions = unit_vectors(ra, dec)
-        apart = cKDTree(unit_vectors(known.ra, known.dec)).query(directions)[0]
+        directions = to_vectors(ra, dec)
+        apart = cKDTree(to_vectors(known.ra, known.dec)).query(directions)[0]
         new = apart > math.radians(6 / 3600)
         known = Catalogue(*(np.append(a, b[new]) for a, b in ((known.ra, ra), (known.dec, dec), (known.mag, mag))))
 
@@ -351,7 +352,7 @@ def test_places_point_where_the_frame_is(parity):
     stars = (np.c_[x, y] - [539.5, 959.5])[np.argsort(-flux)]
     scale, half = math.radians(2.37 / 3600), math.hypot(1080, 1920) / 2
     found = find_places(sky_triangles(local, 6), stars[:60], half, (0.99 * scale, 1.01 * scale), limit=5)
-    centre, right = unit_vectors(*frame.wcs.wcs_pix2world([[539.5, 959.5], [539.5 + half, 959.5]], 0).T)
+    centre, right = to_vectors(*frame.wcs.wcs_pix2world([[539.5, 959.5], [539.5 + half, 959.5]], 0).T)
     assert np.abs(found.centre[0] - centre).max() < 0.01 * scale
     assert np.abs(found.right[0] - right).max() < 0.2 * scale
     assert found.mirrored[0] == (parity < 0) and found.votes[0] > 20 and found.pairs >= found.votes[0]

@@ -23,6 +23,7 @@ from zemosaic.frames import Frame, read_frame
 from zemosaic.measure import FrameMeasure
 from zemosaic.settings import Settings
 from zemosaic.solve.catalogue import load_catalogue
+from zemosaic.solve.embedded import SolveError
 from zemosaic.solve.locate import Places, locate
 from zemosaic.solve.placement import brightest_first
 from zemosaic.solve.siblings import Sibling, place_among
@@ -160,6 +161,23 @@ def test_solver_none_leaves_everything_as_it_came():
     places, _ = found(stars, claims, Settings(solver_method="none"))
     assert [place.wcs for place in places.frames] == claims
     assert places.frames[2].reason == "it has no WCS"
+
+
+def test_the_options_of_a_solver_are_gathered_once(monkeypatch):
+    asked: list[Settings] = []
+    used: list[object] = []
+
+    def refuse(pixels: object, hint: object, options: object) -> None:
+        used.append(options)
+        raise SolveError("there is no solution")
+
+    monkeypatch.setattr("zemosaic.solve.locate.solver_order", lambda _: ("astap",))
+    monkeypatch.setattr("zemosaic.solve.locate.read_pixels", lambda _: None)
+    monkeypatch.setattr("zemosaic.solve.locate.astap_options", lambda settings, _: asked.append(settings) or object())
+    monkeypatch.setattr("zemosaic.solve.locate.solve_astap", refuse)
+    places, _ = found(night(3), [None] * 3, Settings(solver_method="astap", solver_fallback=False))
+    assert all("there is no solution" in place.reason for place in places.frames)
+    assert len(used) > 3 and len(set(used)) == len(asked) == 1
 
 
 def test_resolving_ignores_good_headers():

@@ -18,10 +18,10 @@ from zemosaic.calibrate import Calibration
 from zemosaic.frames import read_frame
 from zemosaic.measure import measure_frame
 from zemosaic.solve.adjust import Equations, adjust
-from zemosaic.solve.catalogue import unit_vectors
 from zemosaic.solve.merge import label_stars, medians, seen_once
 from zemosaic.solve.pointing import Camera, read_pointings, tangent_axes, turn_to_pole
 from zemosaic.solve.refine import Observation, Refinement, refine
+from zemosaic.sphere import to_vectors
 from zemosaic.stars import Aperture
 
 _BENCH = runpy.run_path(str(Path(__file__).resolve().parents[1] / "benchmarks" / "refine.py"))
@@ -400,7 +400,7 @@ def test_cameras_of_different_scale_share_one_sky() -> None:
 
 def test_detections_are_merged_by_place_alone() -> None:
     rng = np.random.default_rng(1)
-    centre = unit_vectors(rng.uniform(0, 360, 300), np.degrees(np.arcsin(rng.uniform(-1, 1, 300))))
+    centre = to_vectors(rng.uniform(0, 360, 300), np.degrees(np.arcsin(rng.uniform(-1, 1, 300))))
     number = rng.integers(0, 300, 3000)
     scattered = centre[number] + rng.normal(0, 2e-7, (3000, 3))
     label = label_stars(scattered / np.linalg.norm(scattered, axis=1)[:, None], 1e-5)
@@ -420,7 +420,7 @@ def test_medians_by_label() -> None:
 
 
 def test_tangent_axes_are_right_angled_and_smooth() -> None:
-    direction = unit_vectors(np.linspace(0, 359, 500), np.linspace(-80, 90, 500))
+    direction = to_vectors(np.linspace(0, 359, 500), np.linspace(-80, 90, 500))
     axes = tangent_axes(direction)
     np.testing.assert_allclose(np.einsum("nak,nbk->nab", axes, axes), np.tile(np.eye(2), (500, 1, 1)), atol=1e-12)
     np.testing.assert_allclose(np.einsum("nak,nk->na", axes, direction), 0, atol=1e-12)
@@ -430,7 +430,7 @@ def test_tangent_axes_are_right_angled_and_smooth() -> None:
 
 @pytest.mark.parametrize("spread", [0.01, 3.0])
 def test_no_frame_ends_up_opposite_the_pole(spread: float) -> None:
-    turned = Rotation.from_rotvec([0.3, 1.2, -0.4]).apply(unit_vectors(np.array([0, spread, 180]), np.zeros(3))[:2])
+    turned = Rotation.from_rotvec([0.3, 1.2, -0.4]).apply(to_vectors(np.array([0, spread, 180]), np.zeros(3))[:2])
     opposite = np.r_[turned, -turned]
     for directions in (turned, opposite):
         turn = turn_to_pole(directions)
@@ -443,7 +443,7 @@ def test_no_frame_ends_up_opposite_the_pole(spread: float) -> None:
 @pytest.mark.parametrize("dec", [90.0, 12.0, -89.99])
 def test_pointings_read_and_write_a_wcs(dec: float, sip: float) -> None:
     header = _BENCH["tangent_header"](350.0, dec, (1400, 2000), scale=3.0, angle_deg=77.0, sip_px=sip)
-    wcs, turn = _BENCH["as_wcs"](header, (1400, 2000)), turn_to_pole(unit_vectors(np.array([340.0]), np.array([80.0])))
+    wcs, turn = _BENCH["as_wcs"](header, (1400, 2000)), turn_to_pole(to_vectors(np.array([340.0]), np.array([80.0])))
     pointings = read_pointings([wcs, None], [(1400, 2000), (7, 9)], ["a", "b"], turn)
     np.testing.assert_array_equal(pointings.placed, [True, False])
     assert apart(wcs, pointings.wcs(0, turn), (1400, 2000)).max() < 1e-4

@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zemosaic import __version__
+from zemosaic.files import whole_file
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -43,7 +44,7 @@ _END = ".results"
 #: Libraries whose arithmetic is in the results.
 _LIBRARIES = ("numpy", "scipy", "astropy", "sep", "numba", "llvmlite")
 #: Modules that say things, order work or hold switches, and have no part in a number.
-_NO_NUMBERS = {f"zemosaic.{name}" for name in ("cache", "resume", "events", "execute", "settings", "store")}
+_NO_NUMBERS = {f"zemosaic.{name}" for name in ("cache", "resume", "events", "execute", "files", "settings", "store")}
 _IMPORT = re.compile(r"^\s*(?:from|import) (zemosaic(?:\.\w+)*)(?: import (\([^)]*\)|.*))?", re.MULTILINE)
 
 
@@ -259,13 +260,10 @@ class Cache:
         part = path.with_suffix(f".{threading.get_ident()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "wb") as stream:
+            with whole_file(path, part) as part, open(part, "wb") as stream:
                 _write(stream, arrays)
                 size = stream.tell()
-            os.replace(part, path)
         except OSError as problem:
-            with contextlib.suppress(OSError):
-                part.unlink()
             self._give_up(problem.strerror or str(problem))
             return False
         with self._lock:

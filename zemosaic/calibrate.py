@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zemosaic.frames import Frame, FrameError, read_frame, read_pixels
-from zemosaic.kernels import debayer_part
+from zemosaic.kernels import debayer_part, lonely_pixels
 from zemosaic.tiles import FloatImage
 
 # A defect stands alone: the seven lowest of its eight direct neighbours together carry less than this
@@ -131,10 +131,7 @@ def find_hot_pixels(plane: FloatImage, *, bayer: bool, sigma: float = 6.0) -> Re
         Indices into `plane`, and the local same-colour medians to put there.
     """
     step = 2 if bayer else 1
-    excess = np.empty_like(plane)
-    smooth = np.empty_like(plane)
-    limit = np.empty((step, step))
-    level = np.empty((step, step))
+    phases, smooth, limit, level = [], [], [], []
     for y in range(step):
         for x in range(step):
             sub = np.ascontiguousarray(plane[y::step, x::step])
@@ -143,34 +140,15 @@ def find_hot_pixels(plane: FloatImage, *, bayer: bool, sigma: float = 6.0) -> Re
                 return NO_REPAIRS
             if holes.any():
                 sub = np.where(holes, np.median(sub[~holes]), sub)
-            med = cv2.medianBlur(sub, 5)
-            difference = sub - med
-            difference[holes] = 0  # what is missing is no defect
-            smooth[y::step, x::step] = med
-            excess[y::step, x::step] = difference
-            limit[y, x] = sigma * max(1.4826 * float(np.median(np.abs(difference[::5, ::5]))), 1e-3)
-            level[y, x] = max(float(np.median(med[::5, ::5])), 1.0)
-    ys, xs = np.nonzero(np.abs(excess) > np.float32(limit.min()))
-    # Photon noise grows with the root of the level.
-    brightness = np.maximum(smooth[ys, xs] / level[ys % step, xs % step], 1.0)
-    strong = np.abs(excess[ys, xs]) > limit[ys % step, xs % step] * np.sqrt(brightness)
-    ys, xs = ys[strong], xs[strong]
-    if not ys.size:
-        return NO_REPAIRS
-    sides = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]
-    around = np.pad(excess, 1)
-    neighbours = np.stack([around[ys + 1 + dy, xs + 1 + dx] for dy, dx in sides])
-    if not bayer:
-        # Inside a saturated core nothing exceeds its own surroundings: hold it against the candidate's as well.
-        raw = np.pad(plane, 1, constant_values=np.nan)
-        raw = np.stack([raw[ys + 1 + dy, xs + 1 + dx] for dy, dx in sides]) - smooth[ys, xs]
-        neighbours = np.fmax(neighbours, raw)
-    own = excess[ys, xs]
-    # A gap between two stars is dark among bright neighbours; a dead pixel is dark on its own.
-    neighbours = np.where(own > 0, neighbours, np.abs(neighbours))
-    lonely = neighbours.sum(axis=0) - neighbours.max(axis=0) < _LONELY * np.abs(own)
-    ys, xs = ys[lonely], xs[lonely]
-    return Repairs(np.ravel_multi_index((ys, xs), plane.shape), smooth[ys, xs])
+            median = np.asarray(cv2.medianBlur(sub, 5), np.float32)
+            some = (slice(None, None, 5),) * 2
+            scatter = np.abs(np.where(holes[some], np.float32(0), sub[some] - median[some]))
+            phases.append(sub)
+            smooth.append(median)
+            limit.append(sigma * max(1.4826 * float(np.median(scatter)), 1e-3))
+            level.append(max(float(np.median(median[some])), 1.0))
+    found = lonely_pixels(plane, tuple(phases), tuple(smooth), np.array(limit), np.array(level), _LONELY)
+    return Repairs(*found) if len(found[0]) else NO_REPAIRS
 
 
 def prepare(

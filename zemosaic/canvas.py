@@ -12,8 +12,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
-from zemosaic.frames import Frame
+from zemosaic.frames import Camera, Frame
+from zemosaic.headers import printable
 from zemosaic.settings import Settings
+from zemosaic.sphere import separation, to_radec, to_vectors
 from zemosaic.tiles import Window
 
 _EDGE_POINTS = 9  # points along each side of a frame that draw its footprint
@@ -45,8 +47,16 @@ class Canvas:
     scale: float
 
     def window_of(self, frame: Frame) -> Window:
-        """Canvas pixels that a frame may touch."""
+        """Canvas pixels that a frame may touch; an empty window beside the canvas.
+
+        Raises
+        ------
+        CanvasError
+            If a part of the frame is 90 degrees or more from the tangent point, where the plane has no place for it.
+        """
         x, y = _project(self.wcs, footprint(frame.wcs, frame.shape))
+        if not (np.isfinite(x).all() and np.isfinite(y).all()):
+            raise CanvasError(f"{printable(frame.path.name)} looks away from the canvas: run it on its own")
         box = Window(
             *(int(v) for v in (np.floor(y.min()), np.ceil(y.max()) + 1, np.floor(x.min()), np.ceil(x.max()) + 1))
         )
@@ -72,23 +82,6 @@ def footprint(wcs: WCS, shape: tuple[int, int], points: int = _EDGE_POINTS) -> N
     x = np.concatenate([t, np.ones_like(t), 1 - t, np.zeros_like(t)]) * nx - 0.5
     y = np.concatenate([np.zeros_like(t), t, np.ones_like(t), 1 - t]) * ny - 0.5
     return to_vectors(*wcs.all_pix2world(x, y, 0))
-
-
-def to_vectors(ra: NDArray, dec: NDArray) -> NDArray[np.float64]:
-    """Unit vectors ``(..., 3)`` of positions in degrees."""
-    ra, dec = np.deg2rad(ra), np.deg2rad(dec)
-    return np.stack([np.cos(dec) * np.cos(ra), np.cos(dec) * np.sin(ra), np.sin(dec)], axis=-1)
-
-
-def to_radec(vector: NDArray) -> tuple[float, float]:
-    """Right ascension and declination, degrees, of one vector of any length."""
-    x, y, z = vector
-    return float(np.rad2deg(np.arctan2(y, x)) % 360), float(np.rad2deg(np.arctan2(z, np.hypot(x, y))))
-
-
-def separation(a: NDArray, b: NDArray) -> NDArray[np.float64]:
-    """Angle between unit vectors, degrees; exact for small ones."""
-    return np.rad2deg(2 * np.arcsin(np.clip(np.linalg.norm(a - b, axis=-1) / 2, 0, 1)))
 
 
 def find_strays(frames: Sequence[Frame]) -> list[str]:
@@ -124,16 +117,15 @@ def find_strays(frames: Sequence[Frame]) -> list[str]:
 def _scale_problems(frames: Sequence[Frame]) -> list[str]:
     """A WCS scale that contradicts the optics in the header or the frames of the same camera, or suits no mosaic."""
     scales = np.array([pixel_scale(f.wcs) for f in frames])
-    cameras: dict[tuple, list[float]] = {}
+    cameras: dict[Camera, list[float]] = {}
     for frame, scale in zip(frames, scales, strict=True):
-        cameras.setdefault((frame.instrument, frame.shape, frame.focal_length, frame.pixel_size), []).append(scale)
+        cameras.setdefault(frame.camera, []).append(scale)
     # The lower of the two middle ones: of two halves that contradict each other one must stay.
     usual_of = {camera: sorted(peers)[(len(peers) - 1) // 2] for camera, peers in cameras.items()}
     reasons = []
     for frame, scale in zip(frames, scales, strict=True):
-        camera = frame.instrument, frame.shape, frame.focal_length, frame.pixel_size
-        expected, source = usual_of[camera], "the other frames of this camera have"
-        if len(cameras[camera]) < 3 and frame.focal_length and frame.pixel_size:
+        expected, source = usual_of[frame.camera], "the other frames of this camera have"
+        if len(cameras[frame.camera]) < 3 and frame.focal_length and frame.pixel_size:
             expected, source = (
                 206.265 * frame.pixel_size / frame.focal_length,
                 "its focal length and pixel size give",

@@ -18,13 +18,14 @@ from astropy.wcs import WCS
 from numpy.typing import NDArray
 
 from zemosaic.cache import code_version, fingerprint
-from zemosaic.canvas import Canvas, footprint, separation, to_vectors
+from zemosaic.canvas import Canvas, footprint
 from zemosaic.coadd import Sub, hull
 from zemosaic.frames import Frame
 from zemosaic.photometry import Held, Photometry
 from zemosaic.resume import Results
 from zemosaic.settings import Settings
 from zemosaic.solve.placement import linear_tan
+from zemosaic.sphere import separation, to_vectors
 from zemosaic.stars import Aperture
 from zemosaic.tiles import Window
 from zemosaic.warp import PixelMap

@@ -53,6 +53,9 @@ def _file_option(name: str, text: str) -> Any:
     return typer.Option(name, metavar="FILE", exists=True, dir_okay=False, help=text)
 
 
+Only = Annotated[Path | None, _file_option("--only", "Use only the frames of this list, one path a line.")]
+
+
 def main() -> None:
     """Run the command line as a program."""
     app(prog_name="zemosaic")
@@ -82,7 +85,7 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated."),
     ] = None,
     lots: Annotated[Path | None, _file_option("--lots", "Lots to use as given: JSON or TOML.")] = None,
-    only: Annotated[Path | None, _file_option("--only", "Use only the frames of this list, one path a line.")] = None,
+    only: Only = None,
     resolve: Annotated[
         bool, typer.Option("--resolve", help="Ignore every WCS there is, sidecars too, and solve anew.")
     ] = False,
@@ -90,6 +93,9 @@ def run(
     flat: Annotated[Path | None, _file_option("--flat", "Master flat.")] = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Workers that run at the same time.")] = None,
     memory: Annotated[float | None, typer.Option(metavar="GB", help="Memory the run may use.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Dask cluster that stacks the lots of SDS: tcp://HOST:8786.")
+    ] = None,
     no_report: Annotated[bool, typer.Option("--no-report", help="Do not judge the mosaic, write no report.")] = False,
     lang: Lang = None,
     verbose: Verbose = False,
@@ -117,16 +123,14 @@ def run(
         "master_flat_path": flat,
         "num_processing_workers": workers,
         "memory_gb": memory,
+        "scheduler": scheduler,
         "report": "false" if no_report else None,
         "language": lang,
     }
     try:
         settings, warnings = _settings(config, changes or [], options)
         groups = read_lots(lots) if lots else None
-        if only:
-            from zemosaic.gui.protocol import read_paths
-
-            subs = read_paths(only)
+        subs = _chosen(subs, only)
     except (SettingsError, OSError, UnicodeDecodeError) as error:
         _refuse(str(error))
     if progress:
@@ -149,6 +153,9 @@ def plan_run(
         Path | None, typer.Option("--out", "-o", metavar="DIR", file_okay=False, help="Folder for plan and map.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    into: Annotated[
+        Path | None, typer.Option(metavar="OUT", file_okay=False, help="Output folder of the run: has it room?")
+    ] = None,
     lots_out: Annotated[
         Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write the lots for run --lots: JSON or TOML.")
     ] = None,
@@ -162,6 +169,7 @@ def plan_run(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
     ] = None,
     lots: Annotated[Path | None, _file_option("--lots", "Lots to use as given: JSON or TOML.")] = None,
+    only: Only = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Workers that run at the same time.")] = None,
     memory: Annotated[float | None, typer.Option(metavar="GB", help="Memory the run may use.")] = None,
     lang: Lang = None,
@@ -181,14 +189,15 @@ def plan_run(
     try:
         settings, warnings = _settings(config, changes or [], options)
         groups = read_lots(lots) if lots else None
-    except SettingsError as error:
+        subs = _chosen(subs, only)
+    except (SettingsError, OSError, UnicodeDecodeError) as error:
         _refuse(str(error))
     with _speaking(settings, warnings, _listener(_shown(verbose, quiet))) as (listen, stop):
         from zemosaic.events import Events
         from zemosaic.plan import PlanError, make_plan, plan_json, plan_lines, process_cost, save_plan
 
         say = Events(listen, settings.language, stop.requested)
-        place, startup = out or Path(), process_cost()  # what this program took to start, a run takes too
+        place, startup = into or out or Path(), process_cost()  # what this program took to start, a run takes too
         try:
             made = make_plan(
                 subs, settings, say, probe, sds=sds, given_lots=groups, output_folder=place, startup=startup
@@ -216,6 +225,7 @@ def solve(
         bool, typer.Option("--write-sidecars", help="Write NAME.wcs.fits beside each frame that had no good WCS.")
     ] = False,
     resolve: Annotated[bool, typer.Option("--resolve", help="Ignore every WCS there is and solve anew.")] = False,
+    only: Only = None,
     config: Annotated[Path | None, _file_option("--config", "Settings: TOML, or a zemosaic_config.json.")] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be repeated.")
@@ -234,7 +244,8 @@ def solve(
     options = {"num_processing_workers": workers, "language": lang, "force_resolve_existing_wcs": resolve or None}
     try:
         settings, warnings = _settings(config, changes or [], options)
-    except SettingsError as error:
+        subs = _chosen(subs, only)
+    except (SettingsError, OSError, UnicodeDecodeError) as error:
         _refuse(str(error))
     with _speaking(settings, warnings, _listener(_shown(verbose, quiet))) as (listen, stop):
         from zemosaic.events import Events
@@ -372,6 +383,15 @@ def _settings(config: Path | None, changes: list[str], options: Mapping[str, obj
 
     given = {name: str(value) for name, value in options.items() if value is not None}
     return load_settings(config, parse_overrides(changes) | given)
+
+
+def _chosen(subs: list[Path], only: Path | None) -> list[Path]:
+    """The frames of ``--only``, if it is given, instead of the inputs."""
+    if only is None:
+        return subs
+    from zemosaic.gui.protocol import read_paths
+
+    return read_paths(only)
 
 
 def _shown(verbose: bool, quiet: bool) -> frozenset[str]:

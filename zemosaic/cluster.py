@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from zemosaic.canvas import separation, to_vectors
 from zemosaic.frames import Frame
+from zemosaic.sphere import separation, to_vectors
 
 
 def cluster_frames(

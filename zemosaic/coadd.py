@@ -18,7 +18,7 @@ from zemosaic.combine import Clip, combine
 from zemosaic.execute import thread_map
 from zemosaic.frames import Frame
 from zemosaic.levels import Adjustment
-from zemosaic.rejection import EVEN_NOISE, complete
+from zemosaic.rejection import EVEN_NOISE, complete, tally
 from zemosaic.tiles import FloatImage, Tile, Window
 from zemosaic.warp import Crop, PixelMap, warp_block
 
@@ -129,34 +129,31 @@ def coadd(
     used, rejected = np.zeros(len(subs), np.int64), np.zeros(len(subs), np.int64)
     sky32 = sky.astype(np.float32)
     even = similar_noise(subs) if even is None else even
+    noise, weights = (np.array([getattr(s, name) for s in subs], np.float32) for name in ("noise", "weight"))
 
-    def work(
-        block: Window,
-    ) -> tuple[Window, FloatImage, NDArray[np.bool_], NDArray[np.bool_], list[int]] | None:
+    def work(block: Window) -> tuple[Window, FloatImage, tuple[NDArray, ...], list[int]] | None:
         check_stop()
         # One pixel more on every side: rejection looks at the brightest neighbour.
         halo = block.grow(1)
         stack, who = warp_stack(subs, crops, halo)
         if not who:
             return None
-        sigma, weight = (np.array([getattr(subs[i], name) for i in who]).T for name in ("noise", "weight"))
-        result, keep = combine(stack, sigma, weight, sky32, clip, use_median=use_median, even=even)
-        ys, xs = block.within(halo)
         valid = complete(stack)
-        return block, result[ys, xs], keep[:, ys, xs], valid[:, ys, xs], who
+        sigma, weight = noise[who].T, weights[who].T
+        result, keep = combine(stack, sigma, weight, sky32, clip, use_median=use_median, even=even, valid=valid)
+        ys, xs = block.within(halo)
+        return block, result[ys, xs], tally(valid[:, ys, xs], keep[:, ys, xs], weight.mean(axis=0)), who
 
     blocks = window.blocks(block_side(deepest([sub.window for sub in subs]), channels)) if subs else ()
     for done in thread_map(work, blocks, workers):
         if done is None:
             continue
-        block, result, keep, valid, who = done
+        block, result, books, who = done
         at = block.within(window)
         image[at] = result
-        coverage[at] = keep.sum(axis=0)
-        share[at] = np.tensordot(np.array([subs[i].weight.mean() for i in who]), keep, axes=1)
-        kept = keep.sum(axis=(1, 2))
-        used[who] += kept
-        rejected[who] += valid.sum(axis=(1, 2)) - kept
+        coverage[at], share[at] = books[:2]
+        used[who] += books[2]
+        rejected[who] += books[3]
     tile = Tile(window, image if channels == 3 else image[..., 0], coverage, share)
     return Coadd(tile, used, rejected)
 

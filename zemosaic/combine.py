@@ -56,6 +56,7 @@ def combine(
     *,
     use_median: bool = False,
     even: bool | None = None,
+    valid: NDArray[np.bool_] | None = None,
 ) -> tuple[FloatImage, NDArray[np.bool_]]:
     """Reject outliers, then take the weighted mean (or the median) of what is left.
 
@@ -76,6 +77,8 @@ def combine(
     even : bool, optional
         Whether the samples are of similar noise, so that a plain median will do as their centre, which is faster.
         Looked up in `sigma` if not given; give it where a stack is cut into blocks.
+    valid : ndarray, optional
+        ``(n, h, w)`` `complete` samples of the stack, if they are known already.
 
     Returns
     -------
@@ -87,7 +90,7 @@ def combine(
     stack = np.ascontiguousarray(stack)
     sigma, weight = (np.ascontiguousarray(v, np.float32) for v in (sigma, weight))
     sigma, weight = (v[..., None, None] if v.ndim == 2 else v for v in (sigma, weight))
-    valid = complete(stack)
+    valid = complete(stack) if valid is None else valid
     if len(valid) == 1:
         return np.moveaxis(np.where(valid, stack[:, 0], np.float32(np.nan)), 0, -1), valid
     if even is None:

@@ -65,6 +65,10 @@ _MAX_UNPACKED = 1 << 30
 _NO_MEASUREMENT = 1e12  # ADU
 _PIXEL_TYPES = {8: ">u1", 16: ">i2", 32: ">i4", 64: ">i8", -32: ">f4", -64: ">f8"}
 
+#: What frames share that were taken with the same optics, sensor and binning: instrument, focal length, size of a pixel
+#: and shape of the image.
+Camera = tuple[str, float | None, float | None, tuple[int, int]]
+
 _UNREADABLE = (OSError, EOFError, ValueError, MemoryError, zlib.error)
 
 
@@ -150,6 +154,11 @@ class Frame:
     saturation: float = math.inf
     ra: float | None = None
     dec: float | None = None
+
+    @property
+    def camera(self) -> Camera:
+        """What decides on the scale of the frame and on the distortion of its image."""
+        return self.instrument, self.focal_length, self.pixel_size, self.shape
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "wcs": self.wcs and pack_wcs(self.wcs)}

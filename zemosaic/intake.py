@@ -22,7 +22,7 @@ from zemosaic.carry import Carried, shifted_map
 from zemosaic.coadd import Sub
 from zemosaic.events import Events
 from zemosaic.execute import thread_map
-from zemosaic.frames import Frame, FrameError, find_files, read_frame
+from zemosaic.frames import Camera, Frame, FrameError, find_files, read_frame
 from zemosaic.headers import printable
 from zemosaic.measure import FrameMeasure, measure_frame, probe_aperture
 from zemosaic.photometry import Photometry, match_frames
@@ -33,8 +33,6 @@ from zemosaic.solve.hint import hint_of
 from zemosaic.solve.locate import Place, Places, locate
 from zemosaic.stars import Aperture
 from zemosaic.warp import PixelMap, pixel_map
-
-Camera = tuple[str, float | None, float | None, tuple[int, int]]
 
 _CANVAS_COPIES = 3  # of image and coverage that exist at the same time in the last steps of a run
 
@@ -224,7 +222,7 @@ def measure_all(intake: Intake, calibration: Calibration, settings: Settings, wo
     results = intake.results
     scales = _typical_scales(frames)
     # Of the frames, not of the cameras: one odd frame must not change the aperture of all others.
-    usual = [scales[kind] for kind in map(camera, frames) if kind in scales]
+    usual = [scales[frame.camera] for frame in frames if frame.camera in scales]
     scale = float(np.median(usual)) if usual else 1.0
     zooms = {kind: scale / own for kind, own in scales.items()}
     old = intake.old_frames()
@@ -233,7 +231,7 @@ def measure_all(intake: Intake, calibration: Calibration, settings: Settings, wo
         aperture = results.aperture(probes, lambda: probe_aperture(probes, calibration))
     else:
         aperture = intake.carried.aperture
-        zooms |= {camera(frames[i]): zoom for i, zoom in zip(old, intake.carried.zooms.tolist(), strict=True)}
+        zooms |= {frames[i].camera: zoom for i, zoom in zip(old, intake.carried.zooms.tolist(), strict=True)}
     intake.aperture, intake.zooms = aperture, zooms
     work = partial(
         _measure,
@@ -262,16 +260,10 @@ def _probes(intake: Intake) -> list[Frame]:
     """Frames to choose the aperture by, in an order that their contents decide, so that it is hardly ever another one
     because of files that are no good: where frames are placed already, those of the field; of copies only one.
     """
-    placed = [frame for frame in intake.frames if not _unplaced(frame)]
-    fit = [frame for frame, why in zip(placed, find_strays(placed), strict=True) if not why] or intake.frames
+    fit = placed_frames(intake) or intake.frames
     stamps = intake.stamps
     order = {stamps[f.path].content if f.path in stamps else str(f.path): f for f in reversed(fit)}
     return [order[content] for content in sorted(order)]
-
-
-def camera(frame: Frame) -> Camera:
-    """What decides on the scale of a frame."""
-    return frame.instrument, frame.focal_length, frame.pixel_size, frame.shape
 
 
 def _typical_scales(frames: Sequence[Frame]) -> dict[Camera, float]:
@@ -280,9 +272,9 @@ def _typical_scales(frames: Sequence[Frame]) -> dict[Camera, float]:
     hinted: dict[Camera, list[float]] = {}
     for frame in frames:
         if frame.wcs is not None:
-            said.setdefault(camera(frame), []).append(pixel_scale(frame.wcs))
+            said.setdefault(frame.camera, []).append(pixel_scale(frame.wcs))
         elif (hint := hint_of(frame)[0].scale) is not None:
-            hinted.setdefault(camera(frame), []).append(hint)
+            hinted.setdefault(frame.camera, []).append(hint)
     return {kind: float(np.median(scales)) for kind, scales in (hinted | said).items()}
 
 
@@ -297,7 +289,7 @@ def _measure(
 ) -> FrameMeasure | str:
     events.check_stop()
     # The aperture is the same on the sky for every camera.
-    zoom = zooms.get(camera(frame), 1.0)
+    zoom = zooms.get(frame.camera, 1.0)
     own = Aperture(aperture.radius * zoom, aperture.inner * zoom, aperture.outer * zoom)
     try:
         measure = results.measure(
@@ -365,11 +357,16 @@ def foresee(intake: Intake, settings: Settings, events: Events, budget: int, out
         If it would not fit into memory or on the disk.
     """
     intake.drop(misfits.of_impossible_size(intake.frames, budget), events)
-    placed = [frame for frame in intake.frames if not _unplaced(frame)]
-    placed = [frame for frame, why in zip(placed, find_strays(placed), strict=True) if not why]
+    placed = placed_frames(intake)
     if placed and not settings.force_resolve_existing_wcs:
         channels = 1 if all(frame.colour == "mono" for frame in placed) else 3
         check_room(plan_canvas(placed, settings), channels, budget, output_folder, events)
+
+
+def placed_frames(intake: Intake) -> list[Frame]:
+    """Frames that a WCS places in the field, before any was solved."""
+    placed = [frame for frame in intake.frames if not _unplaced(frame)]
+    return [frame for frame, why in zip(placed, find_strays(placed), strict=True) if not why]
 
 
 def match(

@@ -123,6 +123,8 @@ def lanczos(channels: int) -> Any:
         low_y, high_y = max(-0.5, y0 + _BEFORE), min(shape[0] - 0.5, y0 + source.shape[0] - _BEHIND)
         last_row, last_column = grid_x.shape[0] - 2, grid_x.shape[1] - 2
         row_x, row_y = np.empty(grid_x.shape[1]), np.empty(grid_x.shape[1])
+        first_node = min(left // step, last_column)
+        stop_node = min((left + length - 1) // step, last_column) + 2
         lines = np.empty(taps, np.float32)
         value = np.empty(channels, np.float32)
         missing = np.float32(np.nan)
@@ -130,10 +132,10 @@ def lanczos(channels: int) -> Any:
         for v in range(height):
             i = min((top + v) // step, last_row)
             share = (top + v) / step - i
-            for j in range(grid_x.shape[1]):
+            for j in range(first_node, stop_node):
                 row_x[j] = grid_x[i, j] * (1 - share) + grid_x[i + 1, j] * share
                 row_y[j] = grid_y[i, j] * (1 - share) + grid_y[i + 1, j] * share
-            node, cell_end = min(left // step, last_column) - 1, 0
+            node, cell_end = first_node - 1, 0
             x_start = y_start = x_slope = y_slope = 0.0
             for u in range(length):
                 if left + u >= cell_end:
@@ -279,3 +281,161 @@ def debayer_part(cfa: FloatImage, red_row: int, red_column: int) -> FloatImage:
 
 
 _EIGHTH, _HALF = np.float32(0.125), np.float32(0.5)
+
+
+@_compiled
+def lonely_pixels(plane, phases, smooth, limit, level, share):  # type: ignore[no-untyped-def]
+    """Pixels that stand out from their own colour without their direct neighbours: see `calibrate.find_hot_pixels`.
+
+    Parameters
+    ----------
+    plane : ndarray
+        ``(ny, nx)`` float32, NaN = no data.
+    phases, smooth : tuple of ndarray
+        Every phase of the pattern (four of a CFA, one of mono), without gaps, and its local medians.
+    limit, level : ndarray
+        ``(phases,)`` threshold at the typical level of a phase, and that level, ADU.
+    share : float
+        What part of the excess the neighbours may have.
+
+    Returns
+    -------
+    index : ndarray
+        ``(n,)`` int64 flat indices into `plane`, ascending.
+    value : ndarray
+        ``(n,)`` float32 local medians to put there.
+    """
+    ny, nx = plane.shape
+    step = 2 if len(phases) == 4 else 1
+    index, value = [numba.int64(0) for _ in range(0)], [np.float32(0) for _ in range(0)]
+    around, raw = np.empty(8, np.float32), np.empty(8, np.float32)
+    lowest = np.float32(limit.min())
+    for y in range(ny):
+        for column in range(step):
+            phase = y % step * step + column
+            row, middle = phases[phase][y // step], smooth[phase][y // step]
+            for u in range(len(row)):
+                own = row[u] - middle[u]
+                if not abs(own) > lowest:
+                    continue
+                x = u * step + column
+                # Photon noise grows with the root of the level.
+                brightness = max(middle[u] / level[phase], 1.0)
+                if math.isnan(plane[y, x]) or not abs(own) > limit[phase] * math.sqrt(brightness):
+                    continue
+                k = 0
+                for v in range(y - 1, y + 2):
+                    for w in range(x - 1, x + 2):
+                        if v == y and w == x:
+                            continue
+                        around[k], raw[k] = 0, np.nan
+                        if 0 <= v < ny and 0 <= w < nx and not math.isnan(plane[v, w]):
+                            around[k] = plane[v, w] - smooth[v % step * step + w % step][v // step, w // step]
+                            raw[k] = plane[v, w] - middle[u]
+                        k += 1
+                total = top = np.float32(0)
+                for k in range(8):
+                    other = around[k]
+                    # Inside a saturated core nothing exceeds its own surroundings: hold it against the candidate's too.
+                    if step == 1 and raw[k] > other:
+                        other = raw[k]
+                    # A gap between two stars is dark among bright neighbours; a dead pixel is dark on its own.
+                    if own <= 0:
+                        other = abs(other)
+                    total += other
+                    top = other if k == 0 else max(top, other)
+                if total - top < share * abs(own):
+                    index.append(y * nx + x)
+                    value.append(middle[u])
+    order = np.argsort(np.array(index))
+    return np.array(index)[order], np.array(value)[order]
+
+
+@_compiled
+def cfa_cells(cfa, colours):  # type: ignore[no-untyped-def]
+    """The 2x2 cells of a Bayer mosaic in one pass.
+
+    Parameters
+    ----------
+    cfa : ndarray
+        ``(ny, nx)`` float32; a last odd row or column is left out.
+    colours : ndarray
+        ``(4,)`` colour (0 red, 1 green, 2 blue) of the pixels of a cell, row by row; two of them green.
+
+    Returns
+    -------
+    planes : ndarray
+        ``(3, ny // 2, nx // 2)`` float32, mean of a cell's pixels of every colour.
+    mean, peak : ndarray
+        ``(ny // 2, nx // 2)`` float32, mean and maximum of all four. NaN wherever a pixel that counts is NaN.
+    """
+    h, w = cfa.shape[0] // 2, cfa.shape[1] // 2
+    planes = np.empty((3, h, w), np.float32)
+    mean, peak = np.empty((h, w), np.float32), np.empty((h, w), np.float32)
+    red, blue = 0, 0
+    for k in range(4):
+        red = k if colours[k] == 0 else red
+        blue = k if colours[k] == 2 else blue
+    quarter, half = np.float32(0.25), np.float32(0.5)
+    for v in range(h):
+        above, below = cfa[2 * v], cfa[2 * v + 1]
+        for u in range(w):
+            a, b, c, d = above[2 * u], above[2 * u + 1], below[2 * u], below[2 * u + 1]
+            r = (a if red == 0 else b) if red < 2 else (c if red == 2 else d)
+            z = (a if blue == 0 else b) if blue < 2 else (c if blue == 2 else d)
+            total = ((a + b) + c) + d
+            planes[0, v, u], planes[2, v, u] = r, z
+            # Red and blue stand on one diagonal, green on the other.
+            planes[1, v, u] = ((b + c) if red == 0 or red == 3 else (a + d)) * half
+            mean[v, u] = total * quarter
+            top = max(max(a, b), max(c, d))
+            peak[v, u] = top if total == total else total
+    return planes, mean, peak
+
+
+@_compiled
+def star_sums(plane, corner_x, corner_y, side, x, y, radius, inner, outer):  # type: ignore[no-untyped-def]
+    """Sum over the local sky of every star in one plane of cells, two pixels wide each.
+
+    Parameters
+    ----------
+    plane : ndarray
+        ``(h, w)`` float32.
+    corner_x, corner_y : ndarray
+        ``(n,)`` int64 first column and row of a star's box.
+    side : int
+        Cells along a side of the boxes; they lie in the plane.
+    x, y : ndarray
+        ``(n,)`` float64 positions of the stars, pixels from the centre of the plane's first cell.
+    radius, inner, outer : float
+        Aperture and sky ring, pixels.
+
+    Returns
+    -------
+    total : ndarray
+        ``(n,)`` float64, cell values over the median of the ring; NaN if any cell of the box is missing. A cell that
+        the circle cuts counts by how far its centre lies inside.
+    effective : ndarray
+        ``(n,)`` float64, sum of the squared shares with which cells counted.
+    """
+    total, effective = np.empty(len(x)), np.empty(len(x))
+    ring = np.empty(side * side)
+    for star in range(len(x)):
+        light = counted = squares = 0.0
+        known = 0
+        for v in range(corner_y[star], corner_y[star] + side):
+            for u in range(corner_x[star], corner_x[star] + side):
+                sample = plane[v, u]
+                distance = math.hypot(2.0 * u - x[star], 2.0 * v - y[star])
+                if inner <= distance <= outer and not math.isnan(sample):
+                    ring[known] = sample
+                    known += 1
+                share = min(max((radius - distance) / 2 + 0.5, 0.0), 1.0)
+                light += sample * share
+                counted += share
+                squares += share * share
+                if math.isnan(sample):
+                    light = np.nan
+        total[star] = light - counted * np.median(ring[:known]) if known else np.nan
+        effective[star] = squares
+    return total, effective

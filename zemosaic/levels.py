@@ -9,6 +9,7 @@ group of frames) stays neutral and is reported.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,17 +17,17 @@ from scipy import linalg
 from scipy.ndimage import map_coordinates
 from scipy.sparse import coo_array, csr_array, diags_array
 from scipy.sparse.csgraph import connected_components
-from scipy.sparse.linalg import LinearOperator, cg, spsolve
+from scipy.sparse.linalg import spsolve
 from scipy.spatial import cKDTree
 
+from zemosaic.reduced import ReducedEquations
 from zemosaic.tiles import FloatImage, Window
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_DENSE_LIMIT = 3000  # unknowns up to which the equations are formed and factorised
+_DENSE_LIMIT = 1000  # unknowns up to which the equations are formed and factorised
 _DEEP = 12  # frames that see a star or a block, on average, from which the equations count as full
-_CG_TOLERANCE, _CG_STEPS = 1e-10, 3000  # beyond it: of the residual, and conjugate gradient steps at most
 _STAR_FLOOR = 0.01  # magnitude-like floor of a single flux: sampling, flat field, seeing
 _GAIN_PRIOR = 0.15  # how far a frame's transparency may lie from what its exposure says, ln units
 _COLOUR_PRIOR = 0.02  # how far a channel's transparency may lie from the grey one, ln units
@@ -70,8 +71,9 @@ def solve_common(
     """Fit ``value = c[common] + design @ unknowns[frame]``, the common values eliminated, robustly.
 
     The common values (a star's magnitude, the sky in a block) enter only through the normal equations reduced by
-    them, so that the system has P unknowns a frame, however many stars or blocks there are. It is
-    solved directly: alternating between frames and common values crawls on large scales.
+    them, so that the system has P unknowns a frame, however many stars or blocks there are. Alternating between frames
+    and common values would crawl on large scales, so it is solved directly; in a deep field of many frames, where the
+    matrix is nearly full, without forming it (`ReducedEquations`).
 
     Parameters
     ----------
@@ -95,13 +97,19 @@ def solve_common(
     group = _groups(common[tied], frame[tied], frames)
     _, common = np.unique(common, return_inverse=True)
     columns = frame[:, None] * width + np.arange(width)
+    deep = None
+    if prior.size > _DENSE_LIMIT and len(value) >= _DEEP * (common.max(initial=0) + 1):
+        deep = ReducedEquations(common, frame, design, value, prior, prior_sigma)
     unknowns = prior.copy()
     robust = np.ones(len(value))
     scale = 1.0
     for step in range(_ITERATIONS if len(value) else 0):
         w = weight * robust
         before = unknowns
-        unknowns = _solve_reduced(common, columns, design, value, w, prior, prior_sigma, before)
+        if deep is not None:
+            unknowns = deep.solve(w, before)
+        else:
+            unknowns = _solve_formed(common, columns, design, value, w, prior, prior_sigma)
         fitted = (design * unknowns.reshape(-1)[columns]).sum(axis=1)
         total = np.bincount(common, w)
         centre = np.bincount(common, w * (value - fitted)) / np.maximum(total, 1e-300)
@@ -116,7 +124,7 @@ def solve_common(
     return Solution(unknowns, group, np.bincount(frame[tied], minlength=frames), scale)
 
 
-def _solve_reduced(
+def _solve_formed(
     common: Ints,
     columns: Ints,
     design: Floats,
@@ -124,14 +132,8 @@ def _solve_reduced(
     w: Floats,
     prior: Floats,
     prior_sigma: Floats,
-    start: Floats,
 ) -> Floats:
-    """One weighted solution of the reduced normal equations, ``(F, P)``.
-
-    Many frames that look at the same sky make the matrix full: beyond `_DENSE_LIMIT` unknowns it is then never formed,
-    and the equations are solved by conjugate gradients from `start`, preconditioned with the block of every frame. In
-    a wide and shallow field it is sparse, and factorised as such, for there the gradients would crawl.
-    """
+    """One weighted solution of the reduced normal equations, ``(F, P)``, from their matrix."""
     size, width = prior.size, prior.shape[1]
     precision = 1 / prior_sigma.reshape(-1) ** 2
     rows = np.repeat(np.arange(len(value)), width)
@@ -142,37 +144,10 @@ def _solve_reduced(
     shared = indicator @ wx  # common values x unknowns
     inverse = 1 / np.maximum(total, 1e-300)
     right = wx.T @ value - shared.T @ (inverse * np.bincount(common, w * value)) + precision * prior.reshape(-1)
-    if size <= _DENSE_LIMIT or len(value) < _DEEP * len(total):
-        normal = (x.T @ wx) - (shared.T @ (diags_array(inverse) @ shared)) + diags_array(precision)
-        if size > _DENSE_LIMIT:
-            return np.asarray(spsolve(normal.tocsc(), right)).reshape(prior.shape)
-        return linalg.solve(normal.toarray(), right, assume_a="pos").reshape(prior.shape)
-    blocks = _frame_blocks(columns[:, 0] // width, design, w, len(prior)) + np.einsum(
-        "fp,pq->fpq", precision.reshape(prior.shape), np.eye(width)
-    )
-    own = (x.T @ wx).tocsr()
-    back = shared.T.tocsr()
-
-    def apply(unknowns: Floats) -> Floats:
-        return np.asarray(own @ unknowns - back @ (inverse * (shared @ unknowns)) + precision * unknowns)
-
-    def prepare(residual: Floats) -> Floats:
-        return np.linalg.solve(blocks, residual.reshape(-1, width, 1)).reshape(-1)
-
-    operators = (LinearOperator((size, size), matvec=function, dtype=np.float64) for function in (apply, prepare))
-    matrix, preconditioner = operators
-    found, _ = cg(matrix, right, x0=start.reshape(-1), rtol=_CG_TOLERANCE, maxiter=_CG_STEPS, M=preconditioner)
-    return np.asarray(found).reshape(prior.shape)
-
-
-def _frame_blocks(frame: Ints, design: Floats, w: Floats, frames: int) -> Floats:
-    """``(F, P, P)`` every frame's own part of the normal equations."""
-    width = design.shape[1]
-    blocks = np.empty((frames, width, width))
-    for p in range(width):
-        for q in range(width):
-            blocks[:, p, q] = np.bincount(frame, w * design[:, p] * design[:, q], frames)
-    return blocks
+    normal = (x.T @ wx) - (shared.T @ (diags_array(inverse) @ shared)) + diags_array(precision)
+    if size > _DENSE_LIMIT:
+        return np.asarray(spsolve(normal.tocsc(), right)).reshape(prior.shape)
+    return linalg.solve(normal.toarray(), right, assume_a="pos").reshape(prior.shape)
 
 
 def _groups(common: Ints, frame: Ints, frames: int) -> Ints:
@@ -420,7 +395,7 @@ class Adjustment:
             target -= (along_x * (x - self.window.x0)).astype(np.float32)
             target -= (level + along_y * (y - self.window.y0)).astype(np.float32)[:, None]
 
-    @property
+    @cached_property
     def slopes(self) -> Floats:
         """What is subtracted, ``(C, 3)``: at the first pixel of the window, per column and per row, ADU."""
         cy, cx, hy, hx = window_frame(self.window)

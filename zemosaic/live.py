@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,6 +13,7 @@ from astropy.wcs import WCS
 from numpy.typing import NDArray
 
 from zemosaic.events import Events
+from zemosaic.files import write_whole
 from zemosaic.preview import PreviewSettings, encode_png, preview_rgba
 from zemosaic.tiles import FloatImage, Mosaic, Tile, alpha_of
 
@@ -109,8 +108,8 @@ class LivePreview:
         picture = preview_rgba(Mosaic(image, depth, alpha_of(depth), WCS(naxis=2)), **asdict(self._look))
         try:
             # The window reads the coverage when it hears of the picture, so both must be there before.
-            _replace(self._folder / COVERAGE, encode_png(coverage_rgba(depth)))
-            _replace(self._folder / PICTURE, encode_png(picture))
+            write_whole(self._folder / COVERAGE, encode_png(coverage_rgba(depth)))
+            write_whole(self._folder / PICTURE, encode_png(picture))
         except OSError:  # a full disk: the run will say so itself where it matters
             return
         self._fresh = False
@@ -129,15 +128,3 @@ def coverage_rgba(coverage: FloatImage) -> NDArray[np.uint8]:
     picture = cv2.cvtColor(cv2.applyColorMap(level, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGBA)
     picture[coverage[::-1] <= 0] = 0
     return np.asarray(picture, np.uint8)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file at once: whoever reads it meanwhile sees the old one or the new one."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from astropy.io import fits
 
 from zemosaic import __version__
+from zemosaic.files import whole_file
 from zemosaic.frames import Frame, read_pixels
 from zemosaic.product import wcs_cards
 from zemosaic.tiles import FloatImage, Mosaic
@@ -57,14 +57,9 @@ def save_master_tile(path: Path, tile: Mosaic, names: Sequence[str], exposure: f
     primary.header["CREATOR"] = f"ZeMosaic {__version__}"
     coverage = fits.ImageHDU(tile.coverage, wcs_cards(tile.wcs), name="COVERAGE")
     column = fits.Column("FILE", f"{max(map(len, names))}A", array=[n.encode("ascii", "replace") for n in names])
-    part = path.with_name(path.name + ".part")
-    try:
-        hdus = fits.HDUList([primary, coverage, fits.BinTableHDU.from_columns([column], name="FRAMES")])
+    hdus = fits.HDUList([primary, coverage, fits.BinTableHDU.from_columns([column], name="FRAMES")])
+    with whole_file(path) as part:
         hdus.writeto(part, overwrite=True, checksum=True)
-        os.replace(part, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            part.unlink()
 
 
 def read_master_tile(frame: Frame) -> TilePixels:

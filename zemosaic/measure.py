@@ -18,7 +18,7 @@ from zemosaic.stars import (
     Detection,
     Stars,
     block_medians,
-    colour_planes,
+    cells_of,
     detect,
     photometry,
     plane_noise,
@@ -108,13 +108,13 @@ def measure_frame(
         If the pixels cannot be read or hold nothing.
     """
     pixels, repairs = prepare(frame, calibration, hot_sigma=hot_sigma)
-    planes = colour_planes(pixels, frame.bayer)
+    cells = cells_of(pixels, frame.bayer)
+    planes = cells.planes
     cell_noise = np.array([plane_noise(p.data) for p in planes])
-    luminance, peak = _luminance_and_peak(pixels)
-    found = detect(luminance)
-    stars = photometry(planes, found, saturation=frame.saturation, peak=peak, noise=cell_noise, aperture=aperture)
-    cells = int(np.clip(min(frame.shape) // (2 * _SKY_BLOCKS), 4, 32))
-    blocks = block_medians(planes, cells)
+    found = detect(cells.luminance)
+    stars = photometry(planes, found, saturation=frame.saturation, peak=cells.peak, noise=cell_noise, aperture=aperture)
+    side = int(np.clip(min(frame.shape) // (2 * _SKY_BLOCKS), 4, 32))
+    blocks = block_medians(planes, side)
     trailing, angle = _trailing(found)
     doubled, jump = _doubled(stars)
     return FrameMeasure(
@@ -134,8 +134,8 @@ def measure_frame(
         noise=cell_noise * np.sqrt([p.pixels_per_cell for p in planes]),
         blocks=blocks,
         # The median of a normal sample scatters 1.25 times as much as its mean.
-        block_noise=1.25 * cell_noise / cells,
-        block_px=2 * cells,
+        block_noise=1.25 * cell_noise / side,
+        block_px=2 * side,
     )
 
 
@@ -159,16 +159,6 @@ def probe_aperture(order: Sequence[Frame], calibration: Calibration, *, probes: 
     # In coarse steps, so that a frame more or less hardly ever changes what all are measured with.
     radius = max(5.0, round(2 * 2.3 * float(np.median(widths))) / 2) if widths else Aperture().radius
     return Aperture(radius, 1.4 * radius, 2.0 * radius)
-
-
-def _luminance_and_peak(pixels: FloatImage) -> tuple[FloatImage, FloatImage]:
-    """Mean and maximum of every 2x2 cell over all colours, ``(ny // 2, nx // 2)``."""
-    ny, nx = pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2
-    grey = pixels if pixels.ndim == 2 else pixels.mean(axis=2, dtype=np.float32)
-    top = pixels if pixels.ndim == 2 else pixels.max(axis=2)
-    cells, tops = ([a[y:ny:2, x:nx:2] for y in (0, 1) for x in (0, 1)] for a in (grey, top))
-    mean = (cells[0] + cells[1] + cells[2] + cells[3]) * np.float32(0.25)
-    return mean, np.maximum(np.maximum(tops[0], tops[1]), np.maximum(tops[2], tops[3]))
 
 
 def _trailing(found: Detection) -> tuple[float, float]:

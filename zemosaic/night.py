@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from zemosaic.canvas import pixel_scale, to_vectors
+from zemosaic.canvas import pixel_scale
 from zemosaic.frames import Frame
 from zemosaic.levels import match_positions, solve_common
 from zemosaic.measure import FrameMeasure
+from zemosaic.sphere import to_vectors
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]

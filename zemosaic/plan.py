@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 import zemosaic_worker as worker
 from zemosaic import intake as steps
 from zemosaic import misfits
-from zemosaic.canvas import CanvasError, separation, to_vectors
+from zemosaic.canvas import CanvasError
 from zemosaic.cluster import cluster_frames
 from zemosaic.events import Events
 from zemosaic.execute import worker_count
@@ -34,6 +34,7 @@ from zemosaic.plan_map import coverage_png
 from zemosaic.plan_output import lots_text, plan_json, plan_lines
 from zemosaic.probe import Cost, run_probe
 from zemosaic.settings import Settings
+from zemosaic.sphere import separation, to_vectors
 
 __all__ = [
     "LeftOut",

@@ -32,6 +32,7 @@ from astropy.wcs import WCS
 from numpy.typing import NDArray
 
 from zemosaic import __version__
+from zemosaic.files import force, part_of
 from zemosaic.ledger import FrameRecord, Ledger, TileRecord, tile_table
 from zemosaic.preview import PreviewSettings, encode_png, preview_rgba
 from zemosaic.tiles import Mosaic
@@ -40,6 +41,7 @@ BLOCK = 2880  # bytes; every part of a FITS file is padded to a multiple
 STRIP_BYTES = 8 << 20
 CARD_TEXT = 68  # characters that fit between the quotes of one card
 NAME_LENGTH = 80  # characters of a file name that come from the object
+_REPORT_ENDINGS = ("_report.html", "_report.json")  # of what may later be written beside a product
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 MAX_SAMPLES = 1_000_000  # pixels that the median coverage is taken of
@@ -144,13 +146,13 @@ def save_product(
         folder.mkdir(parents=True, exist_ok=True)
         paths = _reserve(folder, f"{file_name(name)}_{file_name(facts.route)}")
         try:
-            with _part(paths.fits).open("wb") as stream:
+            with part_of(paths.fits).open("wb") as stream:
                 _write_fits(stream, mosaic, facts, ledger, tiles)
-                _force(stream)
+                force(stream)
             picture = preview_rgba(mosaic, **asdict(preview or PreviewSettings()))
-            _write(_part(paths.preview), encode_png(picture))
-            _write(_part(paths.settings), settings_text.encode())
-            _write(_part(paths.frames), ledger.to_csv().encode())
+            _write(part_of(paths.preview), encode_png(picture))
+            _write(part_of(paths.settings), settings_text.encode())
+            _write(part_of(paths.frames), ledger.to_csv().encode())
             _publish(paths)
         finally:
             _tidy(paths)
@@ -194,15 +196,20 @@ def wcs_cards(wcs: WCS, planes: int = 1) -> fits.Header:
     header["WCSAXES"] = 2 if planes == 1 else 3
     if header["RADESYS"] == "ICRS":
         header["EQUINOX"] = (2000.0, "[yr] for readers that know no RADESYS")
-    for i in (0, 1):  # to_header rounds to 12 digits
-        header[f"CRPIX{i + 1}"] = float(wcs.wcs.crpix[i])
-        header[f"CRVAL{i + 1}"] = float(wcs.wcs.crval[i])
-        for j in (0, 1):
-            header[f"CD{i + 1}_{j + 1}"] = float(wcs.pixel_scale_matrix[i, j])
+    set_exactly(header, wcs)
     if planes > 1:
         header["CTYPE3"] = ("RGB", "red, green, blue")
         header["CRPIX3"] = header["CRVAL3"] = header["CD3_3"] = 1.0
     return header
+
+
+def set_exactly(header: fits.Header, wcs: WCS) -> None:
+    """CRPIX, CRVAL and CD of a WCS with all the digits that a float has; astropy's own `to_header` rounds to 12."""
+    for i in (0, 1):
+        header[f"CRPIX{i + 1}"] = float(wcs.wcs.crpix[i])
+        header[f"CRVAL{i + 1}"] = float(wcs.wcs.crval[i])
+        for j in (0, 1):
+            header[f"CD{i + 1}_{j + 1}"] = float(wcs.pixel_scale_matrix[i, j])
 
 
 def _reserve(folder: Path, stem: str) -> ProductPaths:
@@ -210,19 +217,16 @@ def _reserve(folder: Path, stem: str) -> ProductPaths:
     for number in itertools.count(1):
         base = stem if number == 1 else f"{stem}_{number}"
         paths = ProductPaths(*(folder / f"{base}{end}" for end in (".fits", ".png", ".toml", "_frames.csv")))
+        reports = [folder / f"{base}{end}" for end in _REPORT_ENDINGS]
         try:
-            _part(paths.fits).touch(exist_ok=False)
+            part_of(paths.fits).touch(exist_ok=False)
         except FileExistsError:
             continue
         # Looked at with the claim in hand: before, another run could still have finished in between.
-        if not any(os.path.lexists(path) for path in (paths.fits, *_beside(paths))):
+        if not any(os.path.lexists(path) for path in (paths.fits, *_beside(paths), *reports)):
             return paths
-        _part(paths.fits).unlink()
+        part_of(paths.fits).unlink()
     raise AssertionError("unreachable")
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
 
 
 def _beside(paths: ProductPaths) -> tuple[Path, ...]:
@@ -232,7 +236,7 @@ def _beside(paths: ProductPaths) -> tuple[Path, ...]:
 
 def _publish(paths: ProductPaths) -> None:
     for path in (*_beside(paths), paths.fits):
-        os.replace(_part(path), path)
+        os.replace(part_of(path), path)
 
 
 def _tidy(paths: ProductPaths) -> None:
@@ -243,21 +247,15 @@ def _tidy(paths: ProductPaths) -> None:
     if paths.fits.exists():
         return
     for path in _beside(paths):
-        _part(path).unlink(missing_ok=True)
+        part_of(path).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
-    _part(paths.fits).unlink(missing_ok=True)
+    part_of(paths.fits).unlink(missing_ok=True)
 
 
 def _write(path: Path, content: bytes) -> None:
     with path.open("wb") as stream:
         stream.write(content)
-        _force(stream)
-
-
-def _force(stream: BinaryIO) -> None:
-    """Wait until the file is on the disk, so that a rename cannot publish an empty one."""
-    stream.flush()
-    os.fsync(stream.fileno())
+        force(stream)
 
 
 def _explain(error: OSError, folder: Path, mosaic: Mosaic) -> str:

@@ -273,3 +273,37 @@ def _copy_row(values, c, i, v, row):  # type: ignore[no-untyped-def]
         row[:] = values[c, i, 0, 0]
     else:
         row[:] = values[c, i, v]
+
+
+@_compiled
+def tally(valid, keep, share):  # type: ignore[no-untyped-def]
+    """Who is behind the pixels of a combined stack.
+
+    Parameters
+    ----------
+    valid, keep : ndarray
+        ``(n, h, w)`` bool: samples with data, and those of them that were kept.
+    share : ndarray
+        ``(n,)`` float32 weight of the samples.
+
+    Returns
+    -------
+    coverage, depth : ndarray
+        ``(h, w)`` float32, number of the samples that were kept and sum of their weights.
+    used, rejected : ndarray
+        ``(n,)`` int64, pixels of every sample.
+    """
+    n, height, width = keep.shape
+    coverage, depth = np.zeros((height, width), np.float32), np.zeros((height, width), np.float32)
+    used, rejected = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    for i in range(n):
+        kept = there = 0
+        for v in range(height):
+            frames, weight, mine, known = coverage[v], depth[v], keep[i, v], valid[i, v]
+            for u in range(width):
+                frames[u] += _ONE if mine[u] else _ZERO
+                weight[u] += share[i] if mine[u] else _ZERO
+                kept += mine[u]
+                there += known[u]
+        used[i], rejected[i] = kept, there - kept
+    return coverage, depth, used, rejected

@@ -6,7 +6,7 @@ and exactly the results of that step and of those behind it are made anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -29,6 +29,9 @@ from zemosaic.stars import Aperture
 from zemosaic.tiles import Tile, Window
 
 Made = TypeVar("Made")
+
+#: How a stack comes about: asks for stacks of some frames, is sent them, and ends with the one that is good.
+Steps = Generator[list[int], "Stack | None", Stack]
 
 #: The settings that `stack_subs` looks at itself; all others reach it as numbers.
 STACK_SETTINGS = (
@@ -159,13 +162,31 @@ class Results:
         Stack
             Frames that changed are `lost`.
         """
+        steps = self.steps(members, subs, sky, settings, window=window, mapped=mapped)
+        asked = go_on(steps)
+        while not isinstance(asked, Stack):
+            asked = go_on(steps, make(asked))
+        return asked
+
+    def steps(
+        self,
+        members: Sequence[int],
+        subs: Sequence[Sub],
+        sky: NDArray[np.float64],
+        settings: Settings,
+        *,
+        window: Window | None = None,
+        mapped: bool = False,
+    ) -> Steps:
+        """What `stack` does, for those who make several stacks at a time; to be driven by `go_on`."""
         gone = {i: CHANGED for i in members if self.changed(subs[i].frame)}
         while there := [i for i in members if i not in gone]:
             key = self._key("zemosaic.stacking", self._ingredients(there, subs, settings), sky, self._home(window))
             arrays = self.cache.get("tiles", key, mapped=mapped)
             if arrays is not None:
                 return self._unpack(arrays, there, gone)
-            stack = make(there)
+            stack = yield there
+            assert stack is not None
             gone |= stack.lost | {i: CHANGED for i in there if self.changed(subs[i].frame)}
             if any(stack.used[i] + stack.rejected[i] for i in gone if i in stack.used):
                 continue  # something of a frame that was no good is in the tile
@@ -223,6 +244,15 @@ class Results:
         made = make()
         self.cache.put(kind, key, flatten(made))
         return made
+
+
+def go_on(steps: Steps, made: Stack | None = None) -> list[int] | Stack:
+    """Hand in the stack that was asked for (None at first); returns the frames to stack next, or the finished stack."""
+    try:
+        return steps.send(made)
+    except StopIteration as end:
+        finished: Stack = end.value
+        return finished
 
 
 def flatten(thing: Any, prefix: str = "") -> dict[str, NDArray[Any]]:

@@ -332,6 +332,12 @@ class Settings(BaseModel):
         "Keep finished results beside the product and use those of earlier runs; force = however much room they take.",
     )
     resume_cache_gb: float = _setting(20.0, "Room that kept results may take; the oldest go first.", "GB", ge=0)
+    scheduler: str = _setting(
+        "", "Dask cluster that stacks the lots of SDS, as tcp://HOST:8786; empty = this machine does it."
+    )
+    scheduler_timeout_s: float = _setting(
+        60.0, "How long to wait for the cluster to answer, and for its first worker.", "s", gt=0
+    )
 
     @field_validator("*", mode="before")
     @classmethod

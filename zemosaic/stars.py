@@ -14,6 +14,7 @@ import sep
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
+from zemosaic.kernels import cfa_cells, star_sums
 from zemosaic.tiles import FloatImage
 
 _MAX_STARS = 400  # brightest detections that are measured
@@ -55,20 +56,42 @@ def colour_planes(pixels: FloatImage, bayer: str | None) -> list[Plane]:
     bayer : str or None
         CFA pattern of ``pixels``.
     """
+    return cells_of(pixels, bayer).planes
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A frame in 2x2 cells.
+
+    Parameters
+    ----------
+    planes : list of Plane
+        Its colours.
+    luminance, peak : ndarray
+        ``(ny // 2, nx // 2)`` float32, mean and maximum of every cell over all colours, ADU.
+    """
+
+    planes: list[Plane]
+    luminance: FloatImage
+    peak: FloatImage
+
+
+def cells_of(pixels: FloatImage, bayer: str | None) -> Cells:
+    """The same with luminance and peak, for a search of stars."""
+    if bayer:
+        planes, luminance, peak = cfa_cells(np.ascontiguousarray(pixels), np.array(["RGB".index(c) for c in bayer]))
+        sites = [[i for i, c in enumerate(bayer) if c == colour] for colour in "RGB"]
+        middles = [(float(np.mean([i % 2 for i in at])), float(np.mean([i // 2 for i in at]))) for at in sites]
+        found = [Plane(p, *middle, len(at)) for p, middle, at in zip(planes, middles, sites, strict=True)]
+        return Cells(found, luminance, peak)
     ny, nx = pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2
     cells = [pixels[y:ny:2, x:nx:2] for y in (0, 1) for x in (0, 1)]
-    if bayer:
-        planes = []
-        for colour in "RGB":
-            at = [i for i, c in enumerate(bayer) if c == colour]
-            data = sum((cells[i] for i in at[1:]), cells[at[0]]) / np.float32(len(at))
-            planes.append(
-                Plane(data, float(np.mean([i % 2 for i in at])), float(np.mean([i // 2 for i in at])), len(at))
-            )
-        return planes
     mean = (cells[0] + cells[1] + cells[2] + cells[3]) * np.float32(0.25)
-    channels = [mean] if pixels.ndim == 2 else [np.ascontiguousarray(mean[..., c]) for c in range(3)]
-    return [Plane(channel, 0.5, 0.5, 4) for channel in channels]
+    peak = np.maximum(np.maximum(cells[0], cells[1]), np.maximum(cells[2], cells[3]))
+    if pixels.ndim == 2:
+        return Cells([Plane(mean, 0.5, 0.5, 4)], mean, peak)
+    colours = [Plane(np.ascontiguousarray(mean[..., c]), 0.5, 0.5, 4) for c in range(3)]
+    return Cells(colours, mean.mean(axis=2, dtype=np.float32), peak.max(axis=2))
 
 
 @dataclass(frozen=True)
@@ -247,20 +270,13 @@ def photometry(
     error = np.full_like(flux, np.nan)
     if not len(x):
         return Stars(x, y, flux, error, np.zeros(0, bool))
-    offsets = np.arange(-reach, reach + 1)
-    ys, xs = (cy[:, None] + offsets)[:, :, None], (cx[:, None] + offsets)[:, None, :]
+    radii = aperture.radius, aperture.inner, aperture.outer
     for c, plane in enumerate(planes):
-        stamp = plane.data[ys, xs].astype(np.float64)
-        distance = np.hypot(2.0 * xs + plane.x0 - x[:, None, None], 2.0 * ys + plane.y0 - y[:, None, None])
-        ring = np.where((distance >= aperture.inner) & (distance <= aperture.outer), stamp, np.nan)
-        ring = ring.reshape(len(x), -1)
-        bare = np.isnan(ring).all(axis=1)
-        ring[bare] = 0
-        sky = np.where(bare, np.nan, np.nanmedian(ring, axis=1))
-        # A cell that the circle cuts counts by how far its centre lies inside.
-        share = np.clip((aperture.radius - distance) / 2 + 0.5, 0, 1)
-        flux[:, c] = ((stamp - sky[:, None, None]) * share).sum(axis=(1, 2)) * 4
-        error[:, c] = noise[c] * np.sqrt((share**2).sum(axis=(1, 2))) * 4
+        places = cx - reach, cy - reach, 2 * reach + 1, x - plane.x0, y - plane.y0
+        total, effective = star_sums(plane.data, *places, *radii)
+        flux[:, c], error[:, c] = 4 * total, 4 * noise[c] * np.sqrt(effective)
+    around = np.arange(-reach, reach + 1)
+    ys, xs = (cy[:, None] + around)[:, :, None], (cx[:, None] + around)[:, None, :]
     core = peak[ys, xs].reshape(len(x), -1).max(axis=1)
     round_ = (detection.ellipticity < _MAX_ELLIPTICITY) & (detection.fwhm < 2 * detection.typical_fwhm())
     clean = (core < 0.9 * saturation) & np.isfinite(flux).all(axis=1) & round_[inside]

@@ -25,7 +25,9 @@ UNFINISHED = ".unfinished"
 #: What the names of a product's files end in, that of the FITS file first.
 PRODUCT_ENDINGS = (".fits", ".png", ".toml", "_frames.csv")
 
-_CLAIM = re.compile(r"(.+_(?:sds|mosaic-first|master-tiles)(?:_\d+)?)\.fits\.part")
+_PRODUCT = r"(.+_(?:sds|mosaic-first|master-tiles)(?:_\d+)?)"
+_CLAIM = re.compile(_PRODUCT + r"\.fits\.part")
+_REPORT = re.compile(_PRODUCT + r"_report\.(?:html|json)\.part")
 _TILE = re.compile(r"master_tile_\d+\.fits(\.part)?")
 
 
@@ -142,6 +144,9 @@ def _tidy(output: Path, scratch: Path | None) -> None:
         for claim in output.glob("*.fits.part"):
             if match := _CLAIM.fullmatch(claim.name):
                 _remove_claim(output, match[1])
+        for part in output.glob("*_report.*.part"):
+            if _REPORT.fullmatch(part.name):
+                part.unlink()
         for marker in output.glob(f"*/{UNFINISHED}"):
             _remove_tiles(marker)
 

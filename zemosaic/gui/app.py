@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from PySide6.QtCore import QLocale, QSettings, QStandardPaths, QTimer
+from PySide6.QtCore import QLocale, QSettings, QStandardPaths
 from PySide6.QtWidgets import QApplication
 
 from zemosaic.gui.i18n import words
 from zemosaic.gui.main_window import MainWindow
-from zemosaic.gui.theme import apply_theme
+from zemosaic.gui.slices import Slices
+from zemosaic.gui.theme import Skin
+
+_END_WAIT_MS = 2000
 
 
 class Desk:
@@ -33,9 +38,14 @@ class Desk:
         place = QStandardPaths.writableLocation(QStandardPaths.StandardLocation.GenericConfigLocation)
         self.folder = folder or Path(place) / "zemosaic"
         self.use_language(str(self.memory.value("language", QLocale.system().name()[:2])))
+        self.skin = Skin(app)
         self.use_theme(str(self.memory.value("theme", "system")))
         app.styleHints().colorSchemeChanged.connect(lambda _: self.use_theme(str(self.memory.value("theme", "system"))))
+        self._changing = Slices(app)
         self.window = self._open()
+        self.window.show()
+        # What there is now stays to the end: a garbage collection that walks over it holds up the window for 40 ms.
+        gc.freeze()
 
     def use_language(self, language: str) -> None:
         """Speak a language from here on."""
@@ -43,29 +53,41 @@ class Desk:
         QLocale.setDefault(QLocale(words.language))
 
     def use_theme(self, theme: str) -> None:
-        apply_theme(self._app, theme)
+        """Look like this from here on."""
+        self.skin.wear(theme)
 
     def _open(self) -> MainWindow:
         window = MainWindow(self.memory, self.folder)
         window.theme_chosen.connect(self.use_theme)
-        window.language_chosen.connect(self._change_language)
-        window.show()
+        window.language_chosen.connect(self.change_language)
         return window
 
-    def _change_language(self, language: str) -> None:
-        # Later: the menu that asked for it belongs to the window that goes.
-        QTimer.singleShot(0, lambda: self.reopen(language))
+    def change_language(self, language: str) -> None:
+        """Begin to speak another language; `changing` until it is done."""
+        self._changing.start(self._reopen(language))
+
+    @property
+    def changing(self) -> bool:
+        return self._changing.busy
 
     def reopen(self, language: str) -> None:
         """The same window in another language: same subs, settings and place."""
+        self.change_language(language)
+        self._changing.finish()
+
+    def _reopen(self, language: str) -> Iterator[None]:
         old = self.window
         self.memory.setValue("language", language)
         settings = old.panel.values()
         inputs, output, name = old.form.inputs, old.form.output_text(), old.form.name()
         choices = old.choices()
         old.close()
+        yield
         self.use_language(language)
         self.window = self._open()
+        yield
+        self.window.show()
+        yield
         self.window.panel.set_values(settings)
         self.window.form.set_name(name)
         if output:
@@ -73,9 +95,11 @@ class Desk:
         if inputs:
             self.window.set_inputs(inputs)
             self.window.keep_choices(choices)
+        yield
         for gone in (old.filter, old):
             if gone is not None:
                 gone.deleteLater()
+            yield
 
 
 def main() -> int:
@@ -90,5 +114,6 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the terminal it was started from
     desk = Desk(app)
     status = app.exec()
+    desk.window.scanner.wait(_END_WAIT_MS)
     desk.memory.sync()
     return status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -13,13 +14,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import psutil
 from PySide6.QtCore import QByteArray, QObject, QProcess, QProcessEnvironment, QTimer, Signal
 
 from zemosaic.gui.protocol import STOP_LINE, json_line, write_paths
-from zemosaic.settings import Settings, dump_settings
+from zemosaic.settings import Settings
 
 _SLICE_S = 0.008
 _TAIL = 4000  # characters of stderr that are kept: the end of a traceback
+# Below the window, which must answer while all cores are at work; what a person waits for goes before the engine.
+ENGINE_NICENESS, HELPER_NICENESS = 5, 2
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,10 @@ class RunRequest:
     lots: tuple[tuple[str, ...], ...] | None = None
 
     def arguments(self, folder: Path) -> list[str]:
-        """Arguments of ``zemosaic`` for inputs and settings; their files are written into `folder`."""
-        config = folder / "settings.toml"
-        dump_settings(self.settings, config)
-        arguments = [*map(str, self.inputs), "--out", str(self.output), "--config", str(config)]
+        """Arguments of ``zemosaic`` for inputs, settings and choices; their files are written into `folder`."""
+        config = folder / "settings.json"  # not the TOML with its comments, which takes 20 ms to write
+        config.write_text(self.settings.model_dump_json(), encoding="utf-8")
+        arguments = [*map(str, self.inputs), "--config", str(config)]
         if self.only is not None:
             write_paths(folder / "only.txt", self.only)
             arguments += ["--only", str(folder / "only.txt")]
@@ -75,9 +79,11 @@ class LineProcess(QObject):
     line = Signal(str)
     ended = Signal(int, str)
 
-    def __init__(self, parent: QObject | None = None) -> None:
+    def __init__(self, parent: QObject | None = None, niceness: int | None = None) -> None:
         super().__init__(parent)
+        self._niceness = ENGINE_NICENESS if niceness is None else niceness
         self._process: QProcess | None = None
+        self.given_way = False  # whether its priority has been lowered
         self._rest = b""
         self._lines: deque[bytes] = deque()
         self._later = QTimer(self)
@@ -93,7 +99,7 @@ class LineProcess(QObject):
         """Start ``python ARGUMENTS``; it must not run already."""
         if self._process is not None:
             raise RuntimeError("the process runs already")
-        self._rest, self._errors = b"", ""
+        self._rest, self._errors, self.given_way = b"", "", False
         self._lines.clear()
         process = QProcess(self)
         environment = QProcessEnvironment.systemEnvironment()
@@ -104,6 +110,7 @@ class LineProcess(QObject):
         process.finished.connect(self._finished)
         process.errorOccurred.connect(self._failed)
         self._process = process
+        process.started.connect(self._give_way)
         process.start(sys.executable, list(arguments))
 
     def write(self, line: str) -> None:
@@ -120,6 +127,16 @@ class LineProcess(QObject):
         """Wait until it has ended; for the end of the program only."""
         if self._process is not None:
             self._process.waitForFinished(milliseconds)
+
+    def _give_way(self) -> None:
+        """Lower the priority of the process, before it has threads or children of its own; they inherit it."""
+        if self._process is None:
+            return
+        with contextlib.suppress(psutil.Error):  # it has ended already, or may not be asked
+            process = psutil.Process(self._process.processId())
+            lower = psutil.BELOW_NORMAL_PRIORITY_CLASS if psutil.WINDOWS else max(process.nice(), self._niceness)
+            process.nice(lower)
+        self.given_way = True
 
     def _read(self) -> None:
         if self._process is None:
@@ -189,7 +206,8 @@ class Engine(QObject):
         """Start a run; one that was stopped goes on where it was if the request is the same."""
         self._folder = Path(tempfile.mkdtemp(prefix="zemosaic-"))
         self._result = None
-        self.command = ["-m", "zemosaic", "run", *request.arguments(self._folder), "--progress", "json"]
+        options = ["--out", str(request.output), "--progress", "json"]
+        self.command = ["-m", "zemosaic", "run", *request.arguments(self._folder), *options]
         self._process.start(self.command)
 
     def stop(self) -> None:
@@ -280,7 +298,7 @@ class Helper(QObject):
 
     def __init__(self, parent: QObject | None = None) -> None:
         super().__init__(parent)
-        self._process = LineProcess(self)
+        self._process = LineProcess(self, HELPER_NICENESS)
         self._process.line.connect(self._heard)
         self._process.ended.connect(self._ended)
         self._number = 0
@@ -295,10 +313,12 @@ class Helper(QObject):
         return self._number
 
     def close(self) -> None:
-        """End the process with the window."""
+        """End the process with the window; it is not waited for."""
         self._closing = True
         self._process.kill()
-        self._process.wait(2000)
+
+    def wait(self, milliseconds: int) -> None:
+        self._process.wait(milliseconds)
 
     def _heard(self, line: str) -> None:
         message = parse_line(line)
@@ -308,13 +328,6 @@ class Helper(QObject):
     def _ended(self, status: int, errors: str) -> None:
         if not self._closing:
             self.lost.emit(last_line(errors) or str(status))
-
-
-def has_command(name: str) -> bool:
-    """Whether this installation of ``zemosaic`` knows a command."""
-    from zemosaic.cli import app  # not at the top: it is what starts the window
-
-    return any(name in (each.name, getattr(each.callback, "__name__", "")) for each in app.registered_commands)
 
 
 def last_line(text: str) -> str:

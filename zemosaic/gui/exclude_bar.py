@@ -92,7 +92,7 @@ class ExcludeBar(QWidget):
         self.rule.currentIndexChanged.connect(self._rule_changed)
         self.limit.valueChanged.connect(self.refresh)
         self.value.currentIndexChanged.connect(self.refresh)
-        store.selected.connect(self.refresh)
+        store.selected.connect(self._selection_changed)
         self._rule_changed()
 
     def matching(self) -> list[int]:
@@ -104,7 +104,8 @@ class ExcludeBar(QWidget):
         if rule.measure is None:
             wanted = self.value.currentText()
             return self._store.matching(lambda row: bool(wanted) and getattr(row, rule.key) == wanted)
-        measure, limit, middle = rule.measure, self.limit.value(), self._middle()
+        measure, limit = rule.measure, self.limit.value()
+        middle = self._middle() if measure is _distance else QPointF()
         if rule.above:
             return self._store.matching(lambda row: measure(row, middle) > limit)
         return self._store.matching(lambda row: measure(row, middle) < limit)
@@ -119,6 +120,9 @@ class ExcludeBar(QWidget):
         n = len(self.matching())
         self.apply.setText(tr("exclude_apply", n=n))
         self.apply.setEnabled(n > 0)
+        self._selection_changed()
+
+    def _selection_changed(self) -> None:
         self.selected.setEnabled(bool(self._store.selection))
         self.restore_selected.setEnabled(any(self._store.rows[i].excluded for i in self._store.selection))
 

@@ -10,10 +10,9 @@ from typing import Any
 
 from PySide6.QtCore import QObject, Signal
 
-from zemosaic.gui.engine import Command, RunRequest, last_line, save_lots
-from zemosaic.gui.i18n import tr
+from zemosaic.gui.engine import Command, RunRequest, last_line
+from zemosaic.gui.i18n import tr, words
 from zemosaic.gui.progress import clock_text
-from zemosaic.settings import dump_settings
 
 
 class Forecast(QObject):
@@ -35,14 +34,9 @@ class Forecast(QObject):
         if self._command.running:
             return
         folder = Path(tempfile.mkdtemp(prefix="zemosaic-"))
-        config, lots = folder / "settings.toml", folder / "lots.json"
-        dump_settings(request.settings, config)
-        arguments = [*map(str, request.inputs), "--config", str(config), "--json"]
-        if request.lots is not None:
-            save_lots(lots, request.lots)
-            arguments += ["--lots", str(lots)]
         self._wanted = True
-        self._command.start("plan", arguments, folder)
+        options = ["--into", str(request.output), "--json"]
+        self._command.start("plan", [*request.arguments(folder), *options], folder)
 
     def cancel(self) -> None:
         """The answer is no longer wanted."""
@@ -72,8 +66,8 @@ def read_plan(plan: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
         wall = cost["wall_seconds"]
         parts = [
             tr("forecast_time", time=clock_text(wall["value"]), longest=clock_text(wall["high"])),
-            tr("forecast_memory", gb=cost["memory_bytes"]["value"] / 2**30),
-            tr("forecast_disk", gb=(cost["disk_bytes"]["value"] + cost["scratch_bytes"]) / 2**30),
+            tr("forecast_memory", size=words.size(cost["memory_bytes"]["value"])),
+            tr("forecast_disk", size=words.size(cost["disk_bytes"]["value"] + cost["scratch_bytes"])),
         ]
         lines.append("  ·  ".join(parts))
         phases = {each["phase"].removeprefix("phase_"): each["wall_seconds"] for each in cost["phases"]}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from PySide6.QtCore import QItemSelection, QItemSelectionModel, Qt
 from PySide6.QtWidgets import QAbstractItemView, QHeaderView, QTableView
 
 from zemosaic.gui.frame_store import FrameStore
 from zemosaic.gui.i18n import tr
+from zemosaic.gui.slices import Slices
 from zemosaic.gui.table_model import COLUMNS, FrameTableModel
 
 
@@ -17,6 +20,7 @@ class FrameTable(QTableView):
         super().__init__()
         self._store = store
         self._syncing = False
+        self._marking = Slices(self)
         self.frames = FrameTableModel(store)
         self.setModel(self.frames)
         self.setAccessibleName(tr("table_name"))
@@ -37,14 +41,21 @@ class FrameTable(QTableView):
         for k, column in enumerate(COLUMNS):
             self.setColumnWidth(k, column.width)
         self.horizontalHeader().setStretchLastSection(True)
+        keep_header_apart(self)
         self.selectionModel().selectionChanged.connect(self._chosen_here)
         self.frames.resorting.connect(self._take_off)
         self.frames.resorted.connect(self._put_on)
         store.selected.connect(self._chosen_elsewhere)
 
+    @property
+    def marking(self) -> bool:
+        """Whether a selection made elsewhere is still being shown here."""
+        return self._marking.busy
+
     def _chosen_here(self, _new: QItemSelection, _old: QItemSelection) -> None:
         if self._syncing:
             return
+        self._marking.stop()
         order = self.frames.order
         parts = self.selectionModel().selection().toList()
         rows = (row for part in parts for row in range(part.top(), part.bottom() + 1))
@@ -55,18 +66,30 @@ class FrameTable(QTableView):
     def _chosen_elsewhere(self) -> None:
         if self._syncing:
             return
+        self._take_off()
         self._put_on()
-        rows = self.frames.rows_of(self._store.selection)
-        if rows:
-            self.scrollTo(self.frames.index(rows[0], 0))
+        if self._store.selection:
+            self.scrollTo(self.frames.index(self.frames.first_row(self._store.selection), 0))
 
     def _take_off(self) -> None:
+        self._marking.stop()
         self._syncing = True
         self.selectionModel().clear()
         self._syncing = False
 
     def _put_on(self) -> None:
-        self._syncing = True
-        chosen = self.frames.selection_of(self._store.selection)
-        self.selectionModel().select(chosen, QItemSelectionModel.SelectionFlag.ClearAndSelect)
-        self._syncing = False
+        self._marking.start(self._mark())
+
+    def _mark(self) -> Iterator[None]:
+        """Select what the store has selected, in parts: thousands of single rows take Qt a tenth of a second."""
+        for part in self.frames.selection_of(self._store.selection):
+            self._syncing = True
+            self.selectionModel().select(part, QItemSelectionModel.SelectionFlag.Select)
+            self._syncing = False
+            yield
+
+
+def keep_header_apart(table: QTableView) -> None:
+    """Give the header a selection of its own: else it asks for every cell whether whole columns are selected."""
+    header = table.horizontalHeader()
+    header.setSelectionModel(QItemSelectionModel(table.model(), header))

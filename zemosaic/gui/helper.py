@@ -24,13 +24,14 @@ from typing import Any, TextIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from zemosaic.canvas import find_strays, footprint, plan_canvas, to_radec
+from zemosaic.canvas import find_strays, footprint, plan_canvas
 from zemosaic.events import Events
 from zemosaic.frames import Frame, FrameError, find_files, read_pixels
 from zemosaic.gui.protocol import json_line
 from zemosaic.intake import scan
 from zemosaic.preview import encode_png
 from zemosaic.settings import settings_from
+from zemosaic.sphere import to_radec
 from zemosaic.tiles import FloatImage
 
 _CHUNK = 50  # rows to one answer: the window takes one in well under a frame of the screen
@@ -140,7 +141,7 @@ class Desk:
             "wcs": frame.wcs_source or "",
         }
         if frame.wcs is None:
-            return row | {"problem": frame.wcs_problem}
+            return row | {"problem": frame.wcs_problem, "unsolved": True}
         outline = footprint(frame.wcs, frame.shape, points=2)
         if not np.isfinite(outline).all():
             return row | {"wcs": "", "problem": "its WCS does not map its corners onto the sky"}
@@ -324,8 +325,6 @@ def _chunks(files: Sequence[Path]) -> Iterator[Sequence[Path]]:
 
 def main(lines: Iterable[str], out: TextIO) -> None:
     """Answer requests until there are none."""
-    if hasattr(os, "nice"):
-        os.nice(5)  # the engine and the window come first
     desk = Desk(out)
     for line in lines:
         desk.handle(json.loads(line))

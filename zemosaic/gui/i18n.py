@@ -71,6 +71,16 @@ class Words:
             raise LookupError(f"no text {key!r} in {self.language}")
         return key
 
+    def number(self, value: float, decimals: int) -> str:
+        """A number with the decimal mark of the language."""
+        return f"{value:.{decimals}f}".replace(".", self.say("decimal_mark"))
+
+    def size(self, size: float) -> str:
+        """Bytes, in MB (2^20) or GB (2^30)."""
+        if size < 0.1 * 2**30:
+            return self.say("size_mb", n=self.number(size / 2**20, 0))
+        return self.say("size_gb", n=self.number(size / 2**30, 1))
+
     def _files(self) -> Iterator[tuple[str, Traversable | Path]]:
         folders: list[Traversable | Path] = [resources.files("zemosaic.gui").joinpath("locale")]
         if self._folder is not None and self._folder.is_dir():

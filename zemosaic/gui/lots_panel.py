@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from PySide6.QtWidgets import (
     QFileDialog,
     QHBoxLayout,
     QHeaderView,
+    QInputDialog,
     QMenu,
     QTableView,
     QVBoxLayout,
@@ -22,15 +23,16 @@ from PySide6.QtWidgets import (
 
 from zemosaic.gui.engine import save_lots
 from zemosaic.gui.frame_store import FrameStore
-from zemosaic.gui.i18n import tr
+from zemosaic.gui.frame_table import keep_header_apart
+from zemosaic.gui.i18n import tr, words
 from zemosaic.gui.table_model import Index
-from zemosaic.gui.theme import colours
 from zemosaic.gui.widgets import button, label, restyle
 from zemosaic.lots import read_lots
 from zemosaic.settings import SettingsError
 
 _COLUMNS = ("lot", "frames", "minutes", "nights")
 _FILES = "JSON (*.json)"
+_OFFERED = 10  # lots to move subs to, the nearest ones; others by their number
 
 
 class LotsModel(QAbstractTableModel):
@@ -44,16 +46,26 @@ class LotsModel(QAbstractTableModel):
         store.cleared.connect(self.refresh)
 
     def refresh(self) -> None:
-        self.beginResetModel()
+        """Follow the store; rows come and go at the end, so that the view stays where it is."""
+        before, after = len(self._texts), len(self._store.lots)
+        if after > before:
+            self.beginInsertRows(QModelIndex(), before, after - 1)
+        elif after < before:
+            self.beginRemoveRows(QModelIndex(), after, before - 1)
         self._texts = [self._describe(number, lot) for number, lot in enumerate(self._store.lots)]
-        self.endResetModel()
+        if after > before:
+            self.endInsertRows()
+        elif after < before:
+            self.endRemoveRows()
+        if after:
+            self.dataChanged.emit(self.index(0, 0), self.index(after - 1, len(_COLUMNS) - 1))
 
     def _describe(self, number: int, lot: Sequence[int]) -> tuple[str, ...]:
         rows = [self._store.rows[i] for i in lot]
         seconds = sum(row.exposure for row in rows if not math.isnan(row.exposure))
         nights = sorted({row.night for row in rows} - {""})
         span = nights[0] if len(nights) == 1 else f"{nights[0]} … {nights[-1]}" if nights else ""
-        return str(number + 1), str(len(lot)), f"{seconds / 60:.1f}", span
+        return str(number + 1), str(len(lot)), words.number(seconds / 60, 1), span
 
     def rowCount(self, parent: Index = QModelIndex()) -> int:  # noqa: B008
         return 0 if parent.isValid() else len(self._texts)
@@ -94,6 +106,7 @@ class LotsPanel(QWidget):
         self.table.horizontalHeader().setDefaultAlignment(Qt.AlignmentFlag.AlignLeft | Qt.AlignmentFlag.AlignVCenter)
         for k, width in enumerate((50, 60, 70)):
             self.table.setColumnWidth(k, width)
+        keep_header_apart(self.table)
         self.table.selectionModel().selectionChanged.connect(self._show_members)
         self.note = label("", "dim", wrap=True)
         layout = QVBoxLayout(self)
@@ -110,9 +123,9 @@ class LotsPanel(QWidget):
         self.build_button = button(tr("lots_build"), tip=tr("lots_build_tip"))
         self.build_button.clicked.connect(self.build)
         self.merge = button(tr("lots_merge"), tip=tr("lots_merge_tip"))
-        self.merge.clicked.connect(lambda: self._keep(self._store.merge_lots, self.chosen()))
+        self.merge.clicked.connect(self._merge)
         self.split = button(tr("lots_split"), tip=tr("lots_split_tip"))
-        self.split.clicked.connect(lambda: self._store.split_lot(self.chosen()[0]))
+        self.split.clicked.connect(self._split)
         self.move_button = button(tr("lots_move"), tip=tr("lots_move_tip"))
         self.move_button.clicked.connect(self._offer_targets)
         self.more = button(tr("lots_more"))
@@ -172,14 +185,19 @@ class LotsPanel(QWidget):
     def _warn(self, text: str) -> None:
         self.note.setText(text)
         restyle(self.note, "warn")
-        self.note.setStyleSheet(f"color: {colours().warn};")
 
-    def _keep(self, change: Callable[[list[int]], None], numbers: list[int]) -> None:
-        change(numbers)
+    def _merge(self) -> None:
+        numbers = self.chosen()
+        self._store.merge_lots(numbers)
         self.choose(numbers[:1])
 
+    def _split(self) -> None:
+        number, before = self.chosen()[0], len(self._store.lots)
+        self._store.split_lot(number)
+        self.choose(range(number, number + 1 + len(self._store.lots) - before))
+
     def _show_members(self) -> None:
-        chosen = self.chosen()
+        chosen = [number for number in self.chosen() if number < len(self._store.lots)]
         if chosen:
             self._store.select(i for number in chosen for i in self._store.lots[number])
         self.refresh()
@@ -189,10 +207,21 @@ class LotsPanel(QWidget):
         moving = tuple(self._store.selection)
         menu.addAction(tr("lots_move_new"), lambda: self._store.move_to_lot(moving, len(self._store.lots)))
         menu.addSeparator()
-        for number in range(len(self._store.lots)):
+        near = self._store.near_lots(moving, _OFFERED)
+        for number in near:
             text = tr("lots_move_to", lot=number + 1)
             menu.addAction(text, partial(self._store.move_to_lot, moving, number))
+        if len(near) < len(self._store.lots):
+            menu.addSeparator()
+            menu.addAction(tr("lots_move_other"), lambda: self._ask_target(moving))
+        menu.setAttribute(Qt.WidgetAttribute.WA_DeleteOnClose)
         menu.popup(self.move_button.mapToGlobal(self.move_button.rect().bottomLeft()))
+
+    def _ask_target(self, moving: Sequence[int]) -> None:
+        most = len(self._store.lots)
+        number, agreed = QInputDialog.getInt(self, tr("lots_move"), tr("lots_column_lot"), 1, 1, most)
+        if agreed:
+            self._store.move_to_lot(moving, number - 1)
 
     def _ask_save(self) -> None:
         chosen, _ = QFileDialog.getSaveFileName(self, tr("lots_save"), "lots.json", _FILES)

@@ -34,6 +34,7 @@ from zemosaic.gui.run_view import RunView
 from zemosaic.gui.scanner import Scanner
 from zemosaic.gui.settings_panel import SettingsPanel
 from zemosaic.gui.theme import THEMES
+from zemosaic.gui.widgets import restore_states, save_states
 from zemosaic.settings import Settings, SettingsError, load_settings, settings_from
 
 _LATER_MS = 500
@@ -105,6 +106,7 @@ class MainWindow(QMainWindow):
         split.setStretchFactor(0, 0)
         split.setStretchFactor(1, 1)
         split.setSizes([410, 820])
+        self._splits = {"main/split": split}
         row = QHBoxLayout(page)
         row.setContentsMargins(14, 8, 14, 14)
         row.addWidget(split)
@@ -123,7 +125,7 @@ class MainWindow(QMainWindow):
         self.preset_menu.aboutToShow.connect(self._fill_presets)
         view = self.menuBar().addMenu(tr("menu_view"))
         themes = view.addMenu(tr("menu_theme"))
-        _choices(themes, {name: tr(f"theme_{name}") for name in THEMES}, self._theme(), self._choose_theme)
+        _choices(themes, {name: tr(f"theme_{name}") for name in THEMES}, self._theme(), self.choose_theme)
         self.language_menu = view.addMenu(tr("menu_language"))
         _choices(self.language_menu, words.available(), words.language, self.language_chosen.emit)
         for n, place in enumerate(("picture", "coverage", "log", "settings")):
@@ -154,12 +156,14 @@ class MainWindow(QMainWindow):
     def _recall(self) -> None:
         if geometry := self._memory.value("main/geometry"):
             self.restoreGeometry(geometry)
+        restore_states(self._memory, self._splits)
         self.panel.set_value("sds_mode_default", self._memory.value("sds", False, bool))
 
     def _theme(self) -> str:
         return str(self._memory.value("theme", "system"))
 
-    def _choose_theme(self, name: str) -> None:
+    def choose_theme(self, name: str) -> None:
+        """Look like one of `THEMES` from here on."""
         self._memory.setValue("theme", name)
         self.theme_chosen.emit(name)
 
@@ -191,9 +195,7 @@ class MainWindow(QMainWindow):
     def _helper_idle(self, what: str) -> None:
         if what == "scan" and self._choices is not None:
             (excluded, lots), self._choices = self._choices, None
-            self.store.update({i: {"excluded": excluded.get(row.path, "")} for i, row in enumerate(self.store.rows)})
-            if lots:
-                self.store.take_lot_paths([[Path(path) for path in lot] for lot in lots])
+            self.store.restore(excluded, lots)
         self._soon()
 
     def _ask_folder(self) -> None:
@@ -210,13 +212,11 @@ class MainWindow(QMainWindow):
     def open_filter(self) -> None:
         """Open the filter window on the same subs."""
         if self.filter is None:
-            self.filter = FilterWindow(self.store, self.scanner, self._loose_settings, self.form.output, self._memory)
-            self.filter.set_sds(self.form.sds.isChecked())
+            self.filter = FilterWindow(self.store, self.scanner, self._loose_request, self._memory)
+            self.filter.built.connect(self.refresh)
             self.filter.sds_toggled.connect(lambda on: self.panel.set_value("sds_mode_default", on))
             self.filter.rescan.connect(self.rescan)
-        self.filter.show()
-        self.filter.raise_()
-        self.filter.activateWindow()
+        self.filter.open()
 
     # --- settings
 
@@ -230,12 +230,12 @@ class MainWindow(QMainWindow):
         known = get_args(Settings.model_fields["language"].annotation)
         return words.language if words.language in known else "en"
 
-    def _loose_settings(self) -> Settings:
-        """The settings, or the defaults while something in them is wrong: for what only looks ahead."""
+    def _loose_request(self) -> RunRequest:
+        """The run, with default settings while something in them is wrong: for what only looks ahead."""
         try:
-            return self.settings()[0]
+            return self.request()
         except SettingsError:
-            return Settings()
+            return RunRequest(tuple(self.form.inputs), self.form.output(), Settings())
 
     def apply_settings(self, settings: Settings, warnings: Sequence[str] = ()) -> None:
         """Take over settings that were read."""
@@ -300,7 +300,7 @@ class MainWindow(QMainWindow):
     def refresh(self) -> None:
         """Bring the summary, the switch of the filter window and the start button up to date."""
         self.form.summarise(self.store, scanning=self.scanner.busy("scan"))
-        if self.filter is not None:
+        if self.filter is not None and self.filter.ready:
             self.filter.set_sds(bool(self.panel.value("sds_mode_default")))
         problems = self.problems()
         running = self.engine.running
@@ -353,7 +353,8 @@ class MainWindow(QMainWindow):
         route = request.settings.route
         if route == "auto":
             route = "sds" if request.settings.sds_mode_default else "master-tiles"
-        self.view.begin(RunProgress(route, self._phases or self._timings(route)))
+        without = () if request.settings.report else ("report",)
+        self.view.begin(RunProgress(route, self._phases or self._timings(route), without=without))
         self.form.say("")
         self.engine.start(request)
         self.refresh()
@@ -385,6 +386,7 @@ class MainWindow(QMainWindow):
             event.ignore()
             return
         self._memory.setValue("main/geometry", self.saveGeometry())
+        save_states(self._memory, self._splits)
         if self.engine.running:
             self.engine.stop()
             self.engine.wait(_STOP_WAIT_MS)
@@ -393,7 +395,7 @@ class MainWindow(QMainWindow):
         self.forecast.cancel()
         self.scanner.close()
         if self.filter is not None:
-            self.filter.close()
+            self.filter.end()
         super().closeEvent(event)
 
     def _agrees_to_stop(self) -> bool:

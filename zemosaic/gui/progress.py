@@ -7,12 +7,12 @@ time (or typically takes), never runs backwards, and gives a remaining time only
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 # Seconds of the phases of typical runs (60 to 600 subs on two cores), in any unit: only their ratios count.
-_COMMON = {"scan": 2.0, "canvas": 1.0, "measure": 28.0, "levels": 6.0}
-_END = {"polish": 5.0, "save": 4.0}
+_COMMON = {"scan": 2.0, "measure": 28.0, "solve": 2.0, "levels": 6.0}
+_END = {"polish": 5.0, "save": 4.0, "report": 12.0}
 TYPICAL: dict[str, dict[str, float]] = {
     "sds": _COMMON | {"lots": 45.0, "gains": 1.0, "stack": 8.0} | _END,
     "master-tiles": _COMMON | {"master_tiles": 40.0, "intertile": 8.0, "assembly": 12.0} | _END,
@@ -34,15 +34,22 @@ class RunProgress:
         Seconds that each phase took in an earlier run of this route.
     clock : callable
         Seconds, of any beginning.
+    without : collection of str
+        Phases that the settings switch off.
     """
 
     def __init__(
-        self, route: str, weights: Mapping[str, float] | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        route: str,
+        weights: Mapping[str, float] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        without: Collection[str] = (),
     ) -> None:
         self._clock = clock
         self._start = clock()
         self._since = self._start
         self._learnt = dict(weights or {})
+        self._without = frozenset(without)
         self.route = route if route in TYPICAL else "master-tiles"
         self.phase = ""
         self.seconds: dict[str, float] = {}  # of the phases that are over
@@ -52,7 +59,7 @@ class RunProgress:
     @property
     def phases(self) -> tuple[str, ...]:
         """The phases of the route, in order."""
-        return tuple(TYPICAL[self.route])
+        return tuple(name for name in TYPICAL[self.route] if name not in self._without)
 
     def hear(self, event: Mapping[str, Any]) -> None:
         """Take in one event of the run."""
@@ -102,7 +109,7 @@ class RunProgress:
         return self.elapsed * (1 - fraction) / fraction
 
     def _weights(self) -> dict[str, float]:
-        typical = TYPICAL[self.route]
+        typical = {name: TYPICAL[self.route][name] for name in self.phases}
         known = {name: self._learnt[name] for name in typical if self._learnt.get(name, 0) > 0}
         if not known:
             return typical

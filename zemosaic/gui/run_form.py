@@ -198,7 +198,7 @@ class RunForm(QWidget):
             return
         if not scanning:
             self.scan_bar.hide()
-        used = [store.rows[i] for i in store.used()]
+        used = [row for row in store.rows if row.coming]
         if not store.rows:
             self.drop.hint.setText(tr("scan_starting") if scanning else tr("problem_no_subs"))
             return

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +19,25 @@ from PySide6.QtWidgets import (
     QWidget,
 )
 
+from zemosaic.cli import EXIT_PARTLY
 from zemosaic.gui.i18n import tr
 from zemosaic.gui.pictures import PictureLoader
 from zemosaic.gui.progress import RunProgress, clock_text
-from zemosaic.gui.widgets import Card, PictureView, Switch, button, label, restyle
+from zemosaic.gui.widgets import Card, PictureView, Switch, button, label
 
 _MARKS = {"warning": "⚠  ", "error": "✖  ", "failed": "✖  ", "done": "✔  ", "phase": "▸  "}
 _LOG_LINES = 5000
+_LOG_AT_ONCE = 300  # lines a beat: a few milliseconds
 _BEAT_MS = 200  # how often the log and the bar are brought up to date
 
 
-def read_verdict(product: Path) -> tuple[Path | None, str]:
-    """The report page beside a product, if there is one, and the headline of its verdict.
+@dataclass(frozen=True)
+class Verdict:
+    """What a finished mosaic was judged to be: PASS, WARN or FAIL (empty: not judged), in a sentence, on a page."""
 
-    Looked for are ``<stem>_report``, ``<stem>.report`` and ``report``, each with ``.html`` and ``.json``.
-    """
-    stems = [f"{product.stem}_report", f"{product.stem}.report", "report"]
-    pages = [page for stem in stems if (page := product.with_name(f"{stem}.html")).is_file()]
-    for stem in stems:
-        try:
-            document = json.loads(product.with_name(f"{stem}.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return (pages[0] if pages else None), _headline(document)
-    return (pages[0] if pages else None), ""
-
-
-def _headline(document: Any) -> str:
-    if not isinstance(document, dict):
-        return ""
-    for key in ("headline", "verdict", "summary"):
-        found = document.get(key)
-        if isinstance(found, str):
-            return found
-        if isinstance(found, dict):
-            return _headline(found)
-    return ""
+    grade: str = ""
+    headline: str = ""
+    page: Path | None = None
 
 
 class ResultBanner(Card):
@@ -80,13 +64,13 @@ class ResultBanner(Card):
         self.body.addLayout(row)
         self.hide()
 
-    def tell(self, result: Mapping[str, Any], *, stopped: bool) -> None:
-        """Show the result of a run."""
+    def tell(self, result: Mapping[str, Any], verdict: Verdict, *, stopped: bool) -> None:
+        """Show the result of a run and what it was judged to be."""
         self.product = Path(result["product"]) if result.get("product") else None
-        self.report, verdict = read_verdict(self.product) if self.product else (None, "")
+        self.report = verdict.page if self.product else None
         if self.product:
-            fallback = result["exit_status"] == 3
-            self.headline.setText(verdict or tr("result_fallback" if fallback else "result_done"))
+            ready = tr("result_fallback" if result["exit_status"] == EXIT_PARTLY else "result_done")
+            self.headline.setText(f"{ready} {verdict.headline}".strip())
             self.detail.setText(f"{result['summary']}\n{self.product}")
         elif stopped:
             self.headline.setText(tr("result_stopped"))
@@ -97,10 +81,13 @@ class ResultBanner(Card):
         else:
             self.headline.setText(tr("result_failed"))
             self.detail.setText(result["summary"] or tr("result_see_log"))
-        kind = "good" if self.product and result["exit_status"] == 0 else "warn" if self.product or stopped else "bad"
-        self.headline.setStyleSheet("")
-        restyle(self.headline, "headline")
-        self.setProperty("kind", kind)
+        if self.product and result["exit_status"] == 0:
+            kind = {"WARN": "warn", "FAIL": "bad"}.get(verdict.grade, "good")
+        else:
+            kind = "warn" if self.product or stopped else "bad"
+        self.headline.setProperty("kind", kind)
+        self.headline.style().unpolish(self.headline)
+        self.headline.style().polish(self.headline)
         self.open_report.setVisible(self.report is not None)
         self.open_folder.setVisible(self.product is not None)
         self.open_picture.setVisible(self.product is not None)
@@ -120,11 +107,12 @@ class RunView(QWidget):
 
     def __init__(self, settings_page: QWidget) -> None:
         super().__init__()
-        self._progress: RunProgress | None = None
+        self.progress: RunProgress | None = None  # of the run that is under way
         self._phase_title = ""
         self._stage_text = ""
         self._stopping = False
-        self._log_waiting: list[str] = []
+        self._verdict = Verdict()
+        self._log_waiting: deque[str] = deque(maxlen=_LOG_LINES)
         self.picture = PictureView(tr("picture_empty"))
         self.coverage = PictureView(tr("coverage_live_empty"))
         self._picture_loader, self._coverage_loader = PictureLoader(self), PictureLoader(self)
@@ -188,7 +176,9 @@ class RunView(QWidget):
 
     def begin(self, progress: RunProgress) -> None:
         """A run starts."""
-        self._progress, self._stopping = progress, False
+        self.progress, self._stopping = progress, False
+        self._verdict = Verdict()
+        self._log_waiting.clear()
         self._phase_title, self._stage_text = tr("starting"), ""
         self.banner.hide()
         self.log.clear()
@@ -204,13 +194,17 @@ class RunView(QWidget):
 
     def hear(self, event: Mapping[str, Any]) -> None:
         """One event of the run; what is slow to show waits for the next beat."""
-        if self._progress is None:
+        if self.progress is None:
             return
         kind, values = event.get("event"), event.get("values", {})
-        self._progress.hear(event)
+        self.progress.hear(event)
         if event.get("key") == "live_preview":
             self._show_preview(Path(values["path"]))
             return
+        if event.get("key") == "report_verdict":
+            self._verdict = replace(self._verdict, grade=values["grade"], headline=values["headline"])
+        elif event.get("key") == "report_written":
+            self._verdict = replace(self._verdict, page=Path(values["path"]))
         if kind == "phase":
             self._phase_title, self._stage_text = event["text"], ""
         elif kind == "progress" and values.get("total"):
@@ -227,10 +221,12 @@ class RunView(QWidget):
     def finish(self, result: Mapping[str, Any]) -> dict[str, float]:
         """The run is over; returns what its phases took, if it went to the end."""
         self._beat.stop()
+        while self._log_waiting:
+            self._write_log()
         self._refresh()
-        self.banner.tell(result, stopped=self._stopping)
-        seconds = self._progress.finish() if self._progress and self.banner.product else {}
-        self._progress = None
+        self.banner.tell(result, self._verdict, stopped=self._stopping)
+        seconds = self.progress.finish() if self.progress and self.banner.product else {}
+        self.progress = None
         self.strip.hide()
         if self.banner.product:
             self._picture_loader.load(self.banner.product.with_suffix(".png"))
@@ -251,24 +247,27 @@ class RunView(QWidget):
 
     def _refresh(self) -> None:
         if self._log_waiting:
-            self.log.appendPlainText("\n".join(self._log_waiting))
-            self._log_waiting.clear()
-        if self._progress is None:
+            self._write_log()
+        if self.progress is None:
             return
-        self.bar.setValue(round(1000 * self._progress.fraction))
+        self.bar.setValue(round(1000 * self.progress.fraction))
         if self._stopping:
             self.phase.setText(tr("stopping"))
         else:
             self.phase.setText(" · ".join(filter(None, (self._phase_place(), self._phase_title, self._stage_text))))
-        left = self._progress.remaining
-        elapsed = clock_text(self._progress.elapsed)
+        left = self.progress.remaining
+        elapsed = clock_text(self.progress.elapsed)
         if left is None:
             self.eta.setText(tr("elapsed", elapsed=elapsed))
         else:
             self.eta.setText(tr("elapsed_left", elapsed=elapsed, left=clock_text(left)))
 
+    def _write_log(self) -> None:
+        lines = [self._log_waiting.popleft() for _ in range(min(_LOG_AT_ONCE, len(self._log_waiting)))]
+        self.log.appendPlainText("\n".join(lines))
+
     def _phase_place(self) -> str:
-        progress = self._progress
+        progress = self.progress
         if progress is None or progress.phase not in progress.phases:
             return ""
         return f"{progress.phases.index(progress.phase) + 1}/{len(progress.phases)}"

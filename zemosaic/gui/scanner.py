@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gc
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PySide6.QtGui import QImage
 
 from zemosaic.gui.engine import Helper
 from zemosaic.gui.frame_store import FrameStore, row_from
+from zemosaic.gui.pictures import Decoder
 from zemosaic.settings import Settings
 
 
@@ -39,6 +41,10 @@ class Scanner(QObject):
         self._helper = Helper(self)
         self._helper.answer.connect(self._heard)
         self._helper.lost.connect(self._lost)
+        self._decoder = Decoder(self)
+        self._decoder.decoded.connect(self.thumb)
+        self._depth_decoder = Decoder(self)
+        self._depth_decoder.decoded.connect(lambda deepest, image: self.depth.emit(image, deepest))
         self._jobs: dict[str, int] = {}  # what -> number of the job whose answers count
         self._total = 0
         self._to_measure = self._done = 0
@@ -79,7 +85,12 @@ class Scanner(QObject):
             self.idle.emit(what)
 
     def close(self) -> None:
+        """Ask nothing any more: the helper goes."""
         self._helper.close()
+
+    def wait(self, milliseconds: int) -> None:
+        """Wait until it has gone; for the end of the program only."""
+        self._helper.wait(milliseconds)
 
     def _ask(self, what: str, **details: Any) -> None:
         if what in self._jobs:
@@ -122,10 +133,10 @@ class Scanner(QObject):
 
     def _take_thumb(self, message: dict[str, Any]) -> None:
         if "png" in message:
-            self.thumb.emit(message["id"], _image(message["png"]))
+            self._decoder.start(message["id"], partial(_image, message["png"]))
 
     def _take_depth(self, message: dict[str, Any]) -> None:
-        self.depth.emit(_image(message["png"]), message["deepest"])
+        self._depth_decoder.start(message["deepest"], partial(_image, message["png"]))
 
     def _take_lots(self, message: dict[str, Any]) -> None:
         if "lots" in message:

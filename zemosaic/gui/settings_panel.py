@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 
-from PySide6.QtCore import QLocale, Qt, QTimer, Signal
+from PySide6.QtCore import QLocale, Qt, Signal
 from PySide6.QtWidgets import (
     QComboBox,
     QDoubleSpinBox,
@@ -21,32 +21,35 @@ from PySide6.QtWidgets import (
 )
 
 from zemosaic.gui.i18n import tr, words
+from zemosaic.gui.slices import Slices
 from zemosaic.gui.widgets import Card, PathRow, Switch, button, keep_wheel_away, label, restyle
 from zemosaic.settings import SettingInfo, Settings, SettingsError, describe_settings, settings_from
 
 # In the window's own places, not in this list.
 ELSEWHERE = frozenset({"language", "output_name"})
 
-# Group of a setting: the first whose beginning its name has. What matches none is in the last group.
+# Group of a setting: the one that has a beginning of its name.
 GROUPS: dict[str, tuple[str, ...]] = {
     "sds": ("sds_", "global_coadd"),
-    "subs": ("master_dark", "master_flat", "hot_pixel", "blur_", "use_existing", "pedestal", "calib"),
+    "subs": ("master_dark", "master_flat", "hot_pixel", "blur_", "cloud_", "use_existing"),
     "solver": ("solve", "astap", "astrometry", "force_resolve"),
     "canvas": ("global_wcs",),
     "stacking": ("stacking_", "match_background"),
     "classic": ("route", "cluster_", "max_raw", "apply_master", "master_tile", "intertile", "final_assembly"),
     "polish": ("two_pass", "quality_", "crop_", "altaz_"),
-    "picture": ("preview_",),
-    "machine": (),
+    "picture": ("preview_", "report"),
+    "machine": ("num_processing", "memory_", "coadd_memmap", "resume", "scheduler"),
 }
-
 
 _FIRST_GUESS = 2.0  # of a number that was automatic so far
 
 
 def group_of(name: str) -> str:
-    """The group of a setting."""
-    return next((group for group, starts in GROUPS.items() if name.startswith(starts or "\0")), "machine")
+    """The group of a setting; `LookupError` if no group takes it."""
+    for group, starts in GROUPS.items():
+        if name.startswith(starts):
+            return group
+    raise LookupError(f"setting {name!r} is in no group: add the beginning of its name to GROUPS")
 
 
 def setting_label(name: str) -> str:
@@ -271,6 +274,7 @@ class _Row:
 
     def __init__(self, info: SettingInfo, layout: QGridLayout, changed: Callable[[str], None]) -> None:
         self.info = info
+        self._shown = True
         self.title = label(setting_label(info.name))
         self.editor = make_editor(info.name, unit_text(info.unit))
         self.editor.setAccessibleName(self.title.text())
@@ -305,6 +309,9 @@ class _Row:
         restyle(self.title, "warn" if self.changed else "")
 
     def show(self, on: bool) -> None:
+        if on == self._shown:
+            return
+        self._shown = on
         for widget in (self.title, self.editor, self.help):
             widget.setVisible(on)
         self.back.setVisible(on and self.changed)
@@ -332,9 +339,9 @@ class SettingsPanel(QWidget):
         self.search.setPlaceholderText(tr("settings_search"))
         self.search.setAccessibleName(tr("settings_search"))
         self.search.setClearButtonEnabled(True)
-        self.search.textChanged.connect(self.filter)
+        self.search.textChanged.connect(self._filter_later)
         self.only_changed = Switch(tr("settings_only_changed"))
-        self.only_changed.toggled.connect(self.filter)
+        self.only_changed.toggled.connect(self._filter_later)
         self.reset = button(tr("settings_reset_all"), "link")
         self.reset.clicked.connect(lambda: self.set_values(Settings().model_dump()))
         head = QHBoxLayout()
@@ -352,20 +359,12 @@ class SettingsPanel(QWidget):
         layout.setContentsMargins(0, 6, 0, 0)
         layout.addLayout(head)
         layout.addWidget(area, 1)
-        self._todo = self._build()
-        self._timer = QTimer(self)
-        self._timer.timeout.connect(self._build_some)
-        self._timer.start(0)
+        self._building, self._filtering = Slices(self), Slices(self)
+        self._building.start(self._build())
 
     def build_all(self) -> None:
         """Make whatever is still missing now."""
-        for _ in self._todo:
-            pass
-        self._timer.stop()
-
-    def _build_some(self) -> None:
-        if next(self._todo, None) is None:
-            self._timer.stop()
+        self._building.finish()
 
     def _build(self) -> Iterator[str]:
         for group in GROUPS:
@@ -386,7 +385,7 @@ class SettingsPanel(QWidget):
                     row.editor.set_value(self._held.pop(info.name))
                 row.mark()
                 yield info.name
-        self.filter()
+        self._filter_later()
 
     def _edited(self, name: str) -> None:
         self.rows[name].mark()
@@ -426,13 +425,24 @@ class SettingsPanel(QWidget):
 
     def filter(self) -> None:
         """Show the settings that have all words of the search, and are changed if only those are wanted."""
+        self._filter_later()
+        self._filtering.finish()
+
+    @property
+    def filtering(self) -> bool:
+        return self._filtering.busy
+
+    def _filter_later(self) -> None:
+        self._filtering.start(self._filter())
+
+    def _filter(self) -> Iterator[None]:
         wanted = self.search.text().lower().split()
         only = self.only_changed.isChecked()
+        some = dict.fromkeys(self._cards, False)
+        for name, row in self.rows.items():
+            fits = all(word in row.words for word in wanted) and (row.changed or not only)
+            row.show(fits)
+            some[group_of(name)] |= fits
+            yield
         for group, card in self._cards.items():
-            some = False
-            for name, row in self.rows.items():
-                if group_of(name) == group:
-                    fits = all(word in row.words for word in wanted) and (row.changed or not only)
-                    row.show(fits)
-                    some |= fits
-            card.setVisible(some)
+            card.setVisible(some[group])

@@ -29,15 +29,17 @@ from PySide6.QtGui import (
 from PySide6.QtWidgets import QWidget
 
 from zemosaic.gui.frame_store import FrameRow, FrameStore
-from zemosaic.gui.i18n import tr
+from zemosaic.gui.i18n import tr, words
+from zemosaic.gui.slices import SLICE_S
 from zemosaic.gui.theme import QUALITY_COLOURS, UNKNOWN_COLOUR, colours, group_colours
+from zemosaic.gui.widgets import on_dark_ground
 
 COLOUR_MODES = ("lot", "night", "instrument", "quality")
 TOOLS = ("pan", "rectangle", "lasso")
 
-_SLICE_S = 0.006  # of painting before the event loop gets its turn
 _MANY = 1500  # footprints from which on they are drawn without smoothing and filling
 _CLICK_PX = 4
+_SETTLE_MS = 60
 _LEGEND_ROWS = 12
 
 
@@ -129,10 +131,9 @@ class SkyView(QWidget):
         self._timer.timeout.connect(self._paint_on)
         self._settle = QTimer(self)  # a wheel turns on: painting anew waits until it stops
         self._settle.setSingleShot(True)
-        self._settle.setInterval(60)
-        self._settle.timeout.connect(self._repaint_all)
+        self._settle.timeout.connect(self._settled)
         store.added.connect(self._added)
-        store.changed.connect(lambda numbers: self._settle.start() if numbers else None)
+        store.changed.connect(lambda numbers: self._settle.start(_SETTLE_MS) if numbers else None)
         store.selected.connect(self._repaint_marks)
         store.cleared.connect(self._cleared)
 
@@ -153,8 +154,8 @@ class SkyView(QWidget):
 
     def fit(self) -> None:
         """Show all footprints; those left out for being of another field only if there is nothing else."""
-        rows = [row for row in self._store.rows if not row.outline.isEmpty()]
-        boxes = [row.outline.boundingRect() for row in ([r for r in rows if not r.problem] or rows)]
+        rows = [row for row in self._store.rows if not row.box.isEmpty()]
+        boxes = [row.box for row in ([r for r in rows if not r.problem] or rows)]
         if not boxes:
             return
         left, right = min(b.left() for b in boxes), max(b.right() for b in boxes)
@@ -165,9 +166,20 @@ class SkyView(QWidget):
 
     # --- painting
 
+    def showEvent(self, event: QEvent) -> None:
+        self._settle.start(0)
+
+    def _settled(self) -> None:
+        if self._touched:
+            self._repaint_all()
+        else:
+            self.fit()
+
     def _added(self, first: int, end: int) -> None:
+        if not self.isVisible():
+            return
         box = self._visible()
-        outside = any(not box.contains(r.outline.boundingRect()) for r in self._store.rows[first:end] if r.outline)
+        outside = any(not box.contains(r.box) for r in self._store.rows[first:end] if not r.box.isEmpty())
         if outside and not self._touched:
             self.fit()
         elif self._crossing(first, end) or self._base.view != self._view or self._base.image.isNull():
@@ -186,16 +198,20 @@ class SkyView(QWidget):
 
     def _repaint_all(self) -> None:
         self._settle.stop()
+        if not self.isVisible():  # shown again, everything is painted anew
+            return
         self._legend()
         self._base.restart(self._view, self.size(), self.devicePixelRatioF(), range(len(self._store.rows)))
         self._repaint_marks()
 
     def _repaint_marks(self) -> None:
+        if not self.isVisible():
+            return
         self._marks.restart(self._view, self.size(), self.devicePixelRatioF(), sorted(self._store.selection))
         self._timer.start(0)
 
     def _paint_on(self) -> None:
-        deadline = perf_counter() + _SLICE_S
+        deadline = perf_counter() + SLICE_S
         smooth = len(self._store.rows) <= _MANY
         if self._base.busy:
             self._base.step(self.size(), deadline, self._draw_footprint, smooth)
@@ -258,32 +274,27 @@ class SkyView(QWidget):
         return self._palette.get(self._group(row), colours().accent if self._mode == "lot" else UNKNOWN_COLOUR)
 
     def resizeEvent(self, event: QEvent) -> None:
-        if not self._touched:
-            self.fit()
-        self._settle.start()
+        self._settle.start(_SETTLE_MS)
 
     def changeEvent(self, event: QEvent) -> None:
         if event.type() in (QEvent.Type.PaletteChange, QEvent.Type.StyleChange):
-            self._settle.start()
+            self._settle.start(_SETTLE_MS)
         super().changeEvent(event)
 
     def paintEvent(self, event: QPaintEvent) -> None:
-        shades = colours()
-        painter = QPainter(self)
-        painter.setRenderHint(QPainter.RenderHint.Antialiasing)
-        painter.setPen(Qt.PenStyle.NoPen)
-        painter.setBrush(QColor(shades.sky))
-        painter.drawRoundedRect(self.rect(), 8, 8)
-        if not self._store.rows:
-            painter.setPen(QColor(shades.dim))
-            painter.drawText(self.rect(), int(Qt.AlignmentFlag.AlignCenter), tr("sky_empty"))
-            return
-        self._base.show(painter, self._view, self.size())
-        self._marks.show(painter, self._view, self.size())
-        self._draw_drag(painter)
-        self._draw_scale_bar(painter)
-        self._draw_compass(painter)
-        self._draw_legend(painter)
+        with on_dark_ground(self) as painter:
+            if not any(row.wcs for row in self._store.rows):
+                painter.setPen(QColor(colours().dim))
+                flags = Qt.AlignmentFlag.AlignCenter | Qt.TextFlag.TextWordWrap
+                text = tr("sky_unplaced" if self._store.rows else "sky_empty")
+                painter.drawText(self.rect().adjusted(40, 20, -40, -20), int(flags), text)
+                return
+            self._base.show(painter, self._view, self.size())
+            self._marks.show(painter, self._view, self.size())
+            self._draw_drag(painter)
+            self._draw_scale_bar(painter)
+            self._draw_compass(painter)
+            self._draw_legend(painter)
 
     def _draw_drag(self, painter: QPainter) -> None:
         if self._tool == "pan" or len(self._drag) < 2:
@@ -316,8 +327,8 @@ class SkyView(QWidget):
 
     def _draw_legend(self, painter: QPainter) -> None:
         if self._mode == "quality":
-            edges = [f"< {self._steps[0]:.1f} px"] if self._steps else [tr("legend_unmeasured")]
-            edges += [f"≥ {step:.1f} px" for step in self._steps]
+            edges = [f"< {words.number(self._steps[0], 1)} px"] if self._steps else [tr("legend_unmeasured")]
+            edges += [f"≥ {words.number(step, 1)} px" for step in self._steps]
             entries = list(zip(edges, QUALITY_COLOURS if self._steps else (UNKNOWN_COLOUR,), strict=True))
         else:
             prefix = tr("legend_lot") + " " if self._mode == "lot" else ""
@@ -356,7 +367,7 @@ class SkyView(QWidget):
     def _look(self, view: View) -> None:
         self._view = view
         self._touched = True
-        self._settle.start()
+        self._settle.start(_SETTLE_MS)
         self.update()
 
     def wheelEvent(self, event: QWheelEvent) -> None:
@@ -451,7 +462,7 @@ class SkyView(QWidget):
         hits = [
             i
             for i, row in enumerate(self._store.rows)
-            if row.wcs and row.outline.boundingRect().contains(point) and row.outline.containsPoint(point, rule)
+            if row.wcs and row.box.contains(point) and row.outline.containsPoint(point, rule)
         ]
         away = {i: (self._store.rows[i].middle - point).manhattanLength() for i in hits}
         return frozenset([min(hits, key=away.__getitem__)] if hits else ())

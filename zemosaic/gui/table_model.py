@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from PySide6.QtCore import (
 from PySide6.QtGui import QColor
 
 from zemosaic.gui.frame_store import FrameRow, FrameStore
-from zemosaic.gui.i18n import tr
+from zemosaic.gui.i18n import tr, words
 from zemosaic.gui.theme import colours
 
 Index = QModelIndex | QPersistentModelIndex
+
+_RANGES = 200  # of a selection that are handed to Qt at a time: a few milliseconds
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,12 @@ class Column:
     width: int = 70
 
 
-def _number(name: str, form: str, width: int = 70) -> Column:
+def _number(name: str, decimals: int, width: int = 70) -> Column:
     def value(row: FrameRow) -> float:
         return float(getattr(row, name))
 
     def text(row: FrameRow) -> str:
-        return "" if math.isnan(value(row)) else format(value(row), form)
+        return "" if math.isnan(value(row)) else words.number(value(row), decimals)
 
     return Column(name, value, text, right=True, width=width)
 
@@ -52,18 +54,25 @@ def _word(name: str, width: int = 110) -> Column:
     return Column(name, lambda row: getattr(row, name), lambda row: getattr(row, name), width=width)
 
 
+def _aligned(column: Column) -> int:
+    side = Qt.AlignmentFlag.AlignRight if column.right else Qt.AlignmentFlag.AlignLeft
+    return int(side | Qt.AlignmentFlag.AlignVCenter)
+
+
 def state_text(row: FrameRow) -> str:
     """What becomes of a sub, in the user's language."""
+    if row.unsolved and not row.excluded:
+        return tr("state_unsolved")
     return row.problem or row.excluded or tr("state_used")
 
 
 COLUMNS = (
-    _word("name", 190),
-    Column("date", lambda row: row.date, lambda row: row.date[:19].replace("T", "  "), width=158),
-    _number("exposure", ".1f", 68),
-    _number("fwhm", ".2f", 58),
-    _number("sky", ".0f", 60),
-    _number("stars", ".0f", 60),
+    _word("name", 174),
+    Column("date", lambda row: row.date, lambda row: row.date[:19].replace("T", " "), width=150),
+    _number("exposure", 1, 80),
+    _number("fwhm", 2, 70),
+    _number("sky", 0, 62),
+    _number("stars", 0, 68),
     Column("wcs", lambda row: row.wcs, lambda row: tr(f"wcs_{row.wcs}") if row.wcs else "–", width=80),
     Column("lot", lambda row: row.lot, lambda row: str(row.lot + 1) if row.lot >= 0 else "", right=True, width=46),
     Column("state", state_text, state_text, width=200),
@@ -105,6 +114,8 @@ class FrameTableModel(QAbstractTableModel):
             return tr(f"column_{COLUMNS[section].key}")
         if role == Qt.ItemDataRole.ToolTipRole:
             return tr(f"column_{COLUMNS[section].key}_tip")
+        if role == Qt.ItemDataRole.TextAlignmentRole:
+            return _aligned(COLUMNS[section])
         return None
 
     def data(self, index: Index, role: int = Qt.ItemDataRole.DisplayRole) -> Any:
@@ -115,10 +126,11 @@ class FrameTableModel(QAbstractTableModel):
         if role == Qt.ItemDataRole.ToolTipRole:
             return row.path if column.key == "name" else column.text(row)
         if role == Qt.ItemDataRole.ForegroundRole and not row.used:
-            return QColor(colours().bad if row.problem and column.key == "state" else colours().dim)
+            return QColor(
+                colours().bad if row.problem and not row.unsolved and column.key == "state" else colours().dim
+            )
         if role == Qt.ItemDataRole.TextAlignmentRole:
-            side = Qt.AlignmentFlag.AlignRight if column.right else Qt.AlignmentFlag.AlignLeft
-            return int(side | Qt.AlignmentFlag.AlignVCenter)
+            return _aligned(column)
         return None
 
     def sort(self, column: int, order: Qt.SortOrder = Qt.SortOrder.AscendingOrder) -> None:
@@ -129,8 +141,12 @@ class FrameTableModel(QAbstractTableModel):
         """Rows of the table of some subs, ascending."""
         return sorted(self._place[i] for i in numbers)
 
-    def selection_of(self, numbers: Iterable[int]) -> QItemSelection:
-        """The selection of some subs: neighbouring rows are one range, because each range costs Qt time."""
+    def first_row(self, numbers: Iterable[int]) -> int:
+        """The first row of the table that shows one of some subs."""
+        return min(self._place[i] for i in numbers)
+
+    def selection_of(self, numbers: Iterable[int]) -> Iterator[QItemSelection]:
+        """The selection of some subs, in parts: neighbouring rows are one range, because each range costs Qt time."""
         made = QItemSelection()
         last = len(COLUMNS) - 1
         start = end = -2
@@ -139,9 +155,12 @@ class FrameTableModel(QAbstractTableModel):
                 end = row
                 continue
             if start >= 0:
-                made.append(QItemSelectionRange(self.index(start, 0), self.index(end, last)))
+                made.append(QItemSelectionRange(self.createIndex(start, 0), self.createIndex(end, last)))
+                if made.size() == _RANGES:
+                    yield made
+                    made = QItemSelection()
             start = end = row
-        return made
+        yield made
 
     def _sort(self) -> None:
         if self._sorted_by is None:
@@ -174,8 +193,8 @@ class FrameTableModel(QAbstractTableModel):
     def _changed(self, numbers: set[int]) -> None:
         if not numbers:
             return
-        rows = self.rows_of(numbers)
-        self.dataChanged.emit(self.index(rows[0], 0), self.index(rows[-1], len(COLUMNS) - 1))
+        rows = [self._place[i] for i in numbers]
+        self.dataChanged.emit(self.index(min(rows), 0), self.index(max(rows), len(COLUMNS) - 1))
 
     def _cleared(self) -> None:
         self.beginResetModel()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from string import Template
 
-from PySide6.QtCore import Qt
+from PySide6.QtCore import QObject, Qt
 from PySide6.QtGui import QColor, QGuiApplication, QPalette
-from PySide6.QtWidgets import QApplication
+from PySide6.QtWidgets import QApplication, QWidget
+from shiboken6 import isValid
+
+from zemosaic.gui.slices import Slices
 
 THEMES = ("system", "light", "dark")
 
@@ -79,11 +82,29 @@ GROUP_COLOURS = (
 QUALITY_COLOURS = ("#35b779", "#8ec540", "#d9c12e", "#ee8f34", "#d8434e")
 UNKNOWN_COLOUR = "#8a94a6"
 
+# Roles of the palette that have each colour, as a style sheet writes them; it uses the first one.
+_ROLES: dict[str, tuple[str, ...]] = {
+    "window": ("window",),
+    "panel": ("alternate-base", "tooltip-base"),
+    "field": ("base", "button"),
+    "border": ("mid", "midlight", "dark"),
+    "text": ("window-text", "text", "button-text", "tooltip-text"),
+    "dim": ("placeholder-text",),
+    "accent": ("highlight", "link"),
+    "on_accent": ("highlighted-text",),
+    "good": ("link-visited",),
+    "warn": ("shadow",),
+    "bad": ("bright-text",),
+}
+
 _STYLE = Template("""
 QMainWindow, QDialog, #page { background: $window; }
 QFrame#card { background: $panel; border: 1px solid $border; border-radius: 10px; }
 QLabel#title { font-size: 11pt; font-weight: 600; }
 QLabel#headline { font-size: 13pt; font-weight: 600; }
+QLabel#headline[kind="good"] { color: $good; }
+QLabel#headline[kind="warn"] { color: $warn; }
+QLabel#headline[kind="bad"] { color: $bad; }
 QLabel#dim { color: $dim; }
 QLabel#warn { color: $warn; }
 QLabel#bad { color: $bad; }
@@ -113,7 +134,8 @@ QTabBar::tab:selected { color: $text; border-bottom: 2px solid $accent; }
 QTabBar::tab:focus { color: $accent; }
 QProgressBar { background: $field; border: 1px solid $border; border-radius: 5px; height: 10px; text-align: center; }
 QProgressBar::chunk { background: $accent; border-radius: 4px; }
-QHeaderView::section { background: $panel; color: $dim; border: 0; border-bottom: 1px solid $border; padding: 5px 6px; }
+QHeaderView::section { background: $panel; color: $dim; border: 0; border-bottom: 1px solid $border;
+  padding: 5px 14px 5px 6px; }
 QTableView { gridline-color: transparent; alternate-background-color: $panel; }
 QScrollArea, QScrollArea > QWidget > QWidget { background: transparent; border: 0; }
 QScrollBar:vertical { background: transparent; width: 10px; }
@@ -123,6 +145,7 @@ QScrollBar::handle:vertical { min-height: 30px; } QScrollBar::handle:horizontal 
 QScrollBar::handle:hover { background: $dim; }
 QScrollBar::add-line, QScrollBar::sub-line { width: 0; height: 0; }
 QScrollBar::add-page, QScrollBar::sub-page { background: transparent; }
+QAbstractScrollArea::corner { background: transparent; border: 0; }
 QSplitter::handle { background: transparent; }
 QMenuBar { background: $window; } QMenuBar::item:selected { background: $field; border-radius: 4px; }
 QMenu { background: $panel; border: 1px solid $border; padding: 4px; }
@@ -142,44 +165,72 @@ def group_colours(names: Sequence[str]) -> dict[str, str]:
     return {name: GROUP_COLOURS[i % len(GROUP_COLOURS)] for i, name in enumerate(names)}
 
 
-def apply_theme(app: QApplication, theme: str) -> None:
-    """Paint everything in ``light``, ``dark`` or as the desktop does (``system``)."""
-    dark = theme == "dark" or (theme == "system" and _desktop_is_dark(app))
-    sheet = _STYLE.substitute(asdict(DARK if dark else LIGHT))
-    if app.styleSheet() == sheet:  # to set it again would cost half a second
-        return
-    if app.style().objectName() != "fusion":
-        app.setStyle("Fusion")
-    font = app.font()
-    font.setPointSize(10)
-    app.setFont(font)
-    app.setPalette(_palette(DARK if dark else LIGHT))
-    app.setStyleSheet(sheet)
+class Skin(QObject):
+    """What the application wears.
 
+    The style sheet takes its colours from the palette, so that it is set only once: another sheet for a thousand
+    widgets costs Qt half a second. For another palette every widget is polished again, some at a time, and nothing is
+    painted until all are done.
 
-def _desktop_is_dark(app: QApplication) -> bool:
-    return app.styleHints().colorScheme() == Qt.ColorScheme.Dark
+    Parameters
+    ----------
+    app : QApplication
+    """
+
+    def __init__(self, app: QApplication) -> None:
+        super().__init__(app)
+        self._app = app
+        self._held: list[QWidget] = []
+        self._changing = Slices(self)
+        if not app.styleSheet():
+            app.setStyle("Fusion")
+            font = app.font()
+            font.setPointSize(10)
+            app.setFont(font)
+            app.setStyleSheet(_STYLE.substitute({name: f"palette({roles[0]})" for name, roles in _ROLES.items()}))
+
+    @property
+    def changing(self) -> bool:
+        return self._changing.busy
+
+    def wear(self, theme: str) -> None:
+        """Paint everything in ``light``, ``dark`` or as the desktop does (``system``)."""
+        dark = theme == "dark" or (theme == "system" and self._desktop_is_dark())
+        self._changing.start(self._change(_palette(DARK if dark else LIGHT)))
+
+    def _change(self, palette: QPalette) -> Iterator[None]:
+        self._hold([widget for widget in self._app.topLevelWidgets() if widget.isVisible()])
+        self._app.setPalette(palette)
+        yield
+        for widget in self._app.allWidgets():
+            if isValid(widget):  # it may have gone meanwhile
+                widget.style().polish(widget)
+            yield
+        self._hold([])
+
+    def _hold(self, widgets: list[QWidget]) -> None:
+        """Paint nothing of these windows, and the others again."""
+        for widget in self._held:
+            if isValid(widget):
+                widget.setUpdatesEnabled(True)
+        self._held = widgets
+        for widget in widgets:
+            widget.setUpdatesEnabled(False)
+
+    def _desktop_is_dark(self) -> bool:
+        return self._app.styleHints().colorScheme() == Qt.ColorScheme.Dark
 
 
 def _palette(chosen: Colours) -> QPalette:
-    role = QPalette.ColorRole
     palette = QPalette()
-    for where, colour in (
-        (role.Window, chosen.window),
-        (role.Base, chosen.field),
-        (role.AlternateBase, chosen.panel),
-        (role.Button, chosen.field),
-        (role.ToolTipBase, chosen.panel),
-        (role.Highlight, chosen.accent),
-        (role.HighlightedText, chosen.on_accent),
-        (role.Link, chosen.accent),
-        (role.PlaceholderText, chosen.dim),
-        (role.Mid, chosen.border),
-        (role.Midlight, chosen.border),
-        (role.Dark, chosen.border),
-    ):
-        palette.setColor(where, QColor(colour))
-    for where in (role.WindowText, role.Text, role.ButtonText, role.ToolTipText):
-        palette.setColor(where, QColor(chosen.text))
-        palette.setColor(QPalette.ColorGroup.Disabled, where, QColor(chosen.dim))
+    for name, roles in _ROLES.items():
+        for role in roles:
+            palette.setColor(_role(role), QColor(getattr(chosen, name)))
+    for role in _ROLES["text"]:
+        palette.setColor(QPalette.ColorGroup.Disabled, _role(role), QColor(chosen.dim))
     return palette
+
+
+def _role(name: str) -> QPalette.ColorRole:
+    """The role that a style sheet calls so: ``alternate-base`` is ``AlternateBase``."""
+    return QPalette.ColorRole[name.title().replace("-", "").replace("Tooltip", "ToolTip")]

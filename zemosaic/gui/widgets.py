@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
-from PySide6.QtCore import QEvent, QObject, QPointF, QRectF, QSize, Qt, Signal
+from PySide6.QtCore import QEvent, QObject, QPointF, QRectF, QSettings, QSize, Qt, Signal
 from PySide6.QtGui import (
     QColor,
     QDragEnterEvent,
@@ -27,6 +28,7 @@ from PySide6.QtWidgets import (
     QLineEdit,
     QPushButton,
     QSizePolicy,
+    QSplitter,
     QVBoxLayout,
     QWidget,
 )
@@ -57,6 +59,27 @@ def button(text: str, kind: str = "", *, tip: str = "") -> QPushButton:
     made.setObjectName(kind)
     made.setToolTip(tip)
     return made
+
+
+@contextmanager
+def painting(widget: QWidget) -> Iterator[QPainter]:
+    """A smooth painter of a widget that ends with its context: left to the interpreter it may outlive the event."""
+    painter = QPainter(widget)
+    try:
+        painter.setRenderHint(QPainter.RenderHint.Antialiasing)
+        yield painter
+    finally:
+        painter.end()
+
+
+@contextmanager
+def on_dark_ground(widget: QWidget) -> Iterator[QPainter]:
+    """The same, over the rounded ground that pictures and footprints lie on."""
+    with painting(widget) as painter:
+        painter.setPen(Qt.PenStyle.NoPen)
+        painter.setBrush(QColor(colours().sky))
+        painter.drawRoundedRect(widget.rect(), 8, 8)
+        yield painter
 
 
 class Card(QFrame):
@@ -93,9 +116,11 @@ class Switch(QAbstractButton):
         return self.sizeHint()
 
     def paintEvent(self, event: QPaintEvent) -> None:
+        with painting(self) as painter:
+            self._draw(painter)
+
+    def _draw(self, painter: QPainter) -> None:
         shades = colours()
-        painter = QPainter(self)
-        painter.setRenderHint(QPainter.RenderHint.Antialiasing)
         if not self.isEnabled():
             painter.setOpacity(0.5)
         track = QRectF(2, (self.height() - 20) / 2, 38, 20)
@@ -185,11 +210,10 @@ class DropArea(QFrame):
 
     def paintEvent(self, event: QPaintEvent) -> None:
         shades = colours()
-        painter = QPainter(self)
-        painter.setRenderHint(QPainter.RenderHint.Antialiasing)
-        painter.setPen(QPen(QColor(shades.accent if self._over else shades.border), 1.5, Qt.PenStyle.DashLine))
-        painter.setBrush(QColor(shades.field))
-        painter.drawRoundedRect(QRectF(self.rect()).adjusted(1, 1, -1, -1), 8, 8)
+        with painting(self) as painter:
+            painter.setPen(QPen(QColor(shades.accent if self._over else shades.border), 1.5, Qt.PenStyle.DashLine))
+            painter.setBrush(QColor(shades.field))
+            painter.drawRoundedRect(QRectF(self.rect()).adjusted(1, 1, -1, -1), 8, 8)
 
 
 class PictureView(QWidget):
@@ -233,17 +257,15 @@ class PictureView(QWidget):
         self._fitted = QPixmap()
 
     def paintEvent(self, event: QPaintEvent) -> None:
-        shades = colours()
-        painter = QPainter(self)
-        painter.setRenderHint(QPainter.RenderHint.Antialiasing)
-        painter.setPen(Qt.PenStyle.NoPen)
-        painter.setBrush(QColor(shades.sky))
-        painter.drawRoundedRect(self.rect(), 8, 8)
-        if self._pixmap.isNull():
-            painter.setPen(QColor(shades.dim))
-            flags = Qt.AlignmentFlag.AlignCenter | Qt.TextFlag.TextWordWrap
-            painter.drawText(self.rect().adjusted(40, 20, -40, -20), int(flags), self._placeholder)
-            return
+        with on_dark_ground(self) as painter:
+            if self._pixmap.isNull():
+                painter.setPen(QColor(colours().dim))
+                flags = Qt.AlignmentFlag.AlignCenter | Qt.TextFlag.TextWordWrap
+                painter.drawText(self.rect().adjusted(40, 20, -40, -20), int(flags), self._placeholder)
+            else:
+                self._draw(painter)
+
+    def _draw(self, painter: QPainter) -> None:
         scale = self._scale()
         width, height = self._pixmap.width() * scale, self._pixmap.height() * scale
         corner = QPointF(
@@ -295,6 +317,19 @@ class PictureView(QWidget):
 
     def mouseDoubleClickEvent(self, event: QMouseEvent) -> None:
         self.fit()
+
+
+def save_states(memory: QSettings, splits: Mapping[str, QSplitter]) -> None:
+    """Remember where splitters are, each under a key."""
+    for key, split in splits.items():
+        memory.setValue(key, split.saveState())
+
+
+def restore_states(memory: QSettings, splits: Mapping[str, QSplitter]) -> None:
+    """Put splitters where they were."""
+    for key, split in splits.items():
+        if state := memory.value(key):
+            split.restoreState(state)
 
 
 class NoWheel(QObject):

@@ -1,14 +1,16 @@
 """The stars that frames are solved against: 1.87 million of Tycho-2, shipped with the package.
 
-The file holds the stars in order of declination, in nine planes of one byte a star, and is compressed with xz (see
-`pack`): four planes, lowest byte first, of the step in declination from the star before; four of the right ascension;
-one of V_T. In that order a star costs 35 bits, and reading needs no sorting.
+The file (see `pack`) holds the stars in order of declination, deflated: how many there are, and how many of them lie
+256 steps of declination or more beyond the star before; which these are, and their steps without the lowest byte; then
+of all stars, column by column, the lower two bytes of the right ascension, its third, the lowest byte of the step in
+declination, and V_T. In that order a star costs 35 bits, and reading needs neither sorting nor anything slow: most
+bytes of the right ascension, which nothing could shorten, are stored as they are.
 """
 
 from __future__ import annotations
 
-import lzma
 import math
+import zlib
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -16,11 +18,13 @@ from importlib.resources import files
 import numpy as np
 from numpy.typing import NDArray
 
-DATA_FILE = "tycho2.xz"
+from zemosaic.sphere import to_vectors
+
+DATA_FILE = "tycho2.z"
 _DEC_STEP = 0.03 / 3600  # degrees
 _RA_STEP = 360 / 2**24  # 0.08 arcsec: rounding costs 0.02 arcsec rms, a third of the catalogue's own error
 _MAG_STEP = 1 / 16
-_PLANES = 9
+_KINDS = ("<u4", "<u4", "<u4", "<u2", "u1", "u1", "u1")  # of the columns of the file
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,22 +75,14 @@ class Catalogue:
             # Half width in right ascension of a circle on the sphere.
             width = math.degrees(math.asin(math.sin(math.radians(radius)) / math.cos(math.radians(dec))))
             rows = rows[np.abs((self.ra[low:high] - ra + 180) % 360 - 180) <= width + 1e-9]
-        centre = unit_vectors(np.array([ra]), np.array([dec]))[0]
-        chord = np.linalg.norm(unit_vectors(self.ra[rows], self.dec[rows]) - centre, axis=1)
+        centre = to_vectors(np.array([ra]), np.array([dec]))[0]
+        chord = np.linalg.norm(to_vectors(self.ra[rows], self.dec[rows]) - centre, axis=1)
         return self[rows[chord <= 2 * math.sin(math.radians(min(radius, 180.0)) / 2)]]
-
-
-def unit_vectors(ra: NDArray[np.float64], dec: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``(n, 3)`` directions of positions in degrees."""
-    longitude, latitude = np.radians(ra), np.radians(dec)
-    return np.stack(
-        [np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], axis=-1
-    )
 
 
 @cache
 def load_catalogue() -> Catalogue:
-    """The Tycho-2 stars shipped with the package; read once per process (0.4 s, 45 MB).
+    """The Tycho-2 stars shipped with the package; read once per process (0.04 s, 45 MB).
 
     Positions are rounded to 0.03″ in declination and 0.08″ in right ascension, V_T to 0.06.
     """
@@ -97,19 +93,28 @@ def encode(catalogue: Catalogue) -> bytes:
     """The file that `decode` reads."""
     dec = np.rint((catalogue.dec + 90) / _DEC_STEP).astype(np.int64)
     ra = np.rint(catalogue.ra / _RA_STEP).astype(np.int64) % 2**24
-    mag = np.clip(np.rint(catalogue.mag / _MAG_STEP), 0, 255).astype(np.uint8)
+    mag = np.clip(np.rint(catalogue.mag / _MAG_STEP), 0, 255)
     order = np.lexsort((ra, dec))
-    columns = [np.diff(dec[order], prepend=0), ra[order]]
-    planes = [column.astype("<u4").view(np.uint8).reshape(-1, 4).T for column in columns]
-    body = b"".join(np.ascontiguousarray(plane).tobytes() for plane in (*planes, mag[order]))
-    # Neighbouring bytes have nothing to do with each other, so no context is kept (lc = lp = pb = 0).
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 0, "lp": 0, "pb": 0}]
-    return lzma.compress(body, format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC64, filters=filters)
+    ra, step = ra[order], np.diff(dec[order], prepend=0)
+    wide = np.flatnonzero(step > 255)
+    columns = ([len(ra), len(wide)], wide, step[wide] >> 8, ra % 2**16, ra >> 16, step % 256, mag[order])
+    body = b"".join(np.asarray(column).astype(kind).tobytes() for kind, column in zip(_KINDS, columns, strict=True))
+    # Neighbouring bytes have nothing to do with each other: there is nothing to look for but how often each occurs.
+    packer = zlib.compressobj(9, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
+    return packer.compress(body) + packer.flush()
 
 
 def decode(packed: bytes) -> Catalogue:
     """The catalogue in the bytes of a file that `encode` wrote."""
-    planes = np.frombuffer(lzma.decompress(packed), np.uint8).reshape(_PLANES, -1)
-    step, across = (np.ascontiguousarray(planes[i : i + 4].T).view("<u4")[:, 0] for i in (0, 4))
-    up = np.cumsum(step, dtype=np.float64)  # whole numbers, exact
-    return Catalogue(across * _RA_STEP, up * _DEC_STEP - 90, planes[8] * _MAG_STEP)
+    body = zlib.decompress(packed, bufsize=2 * len(packed))  # room for all of it at once
+    stars, wide = np.frombuffer(body, _KINDS[0], 2).tolist()
+    columns, at = [], 8
+    for kind, count in zip(_KINDS[1:], (wide, wide, stars, stars, stars, stars), strict=True):
+        columns.append(np.frombuffer(body, kind, count, at))
+        at += columns[-1].nbytes
+    row, far, right, across, step, mag = columns
+    up = step.astype(np.uint32)
+    up[row] += far << 8
+    dec = np.cumsum(up, dtype=np.uint32).astype(np.float64) * _DEC_STEP - 90
+    ra = (across.astype(np.uint32) << 16) + right
+    return Catalogue(ra * _RA_STEP, dec, mag * _MAG_STEP)

@@ -18,8 +18,10 @@ from zemosaic.calibrate import load_calibration
 from zemosaic.canvas import CanvasError, pixel_scale
 from zemosaic.events import Events
 from zemosaic.execute import one_thread_each, worker_count
+from zemosaic.files import write_whole
 from zemosaic.frames import Frame, FrameError, sidecar_name
 from zemosaic.intake import Intake, locate_all, measure_all, scan
+from zemosaic.product import set_exactly
 from zemosaic.resume import Results
 from zemosaic.settings import Settings
 from zemosaic.solve.locate import Place
@@ -116,7 +118,7 @@ def solve_files(
             for frame, place in places.items():
                 written.append(_write_wcs(folder / sidecar_name(frame.path), frame, place))
             table = folder / "solutions.csv"
-            _write(table, _table(places, intake.rejected).encode())
+            write_whole(table, _table(places, intake.rejected).encode())
             written.append(table)
         if sidecars:
             for frame, place in places.items():
@@ -176,7 +178,7 @@ def _write_wcs(path: Path, frame: Frame, place: Place) -> Path:
     header["SOLVER"] = (place.source or "", "who says so")
     stream = io.BytesIO()
     fits.PrimaryHDU(header=header).writeto(stream)
-    _write(path, stream.getvalue())
+    write_whole(path, stream.getvalue())
     return path
 
 
@@ -186,15 +188,5 @@ def wcs_header(wcs: WCS) -> fits.Header:
     for keyword in list(header):
         if keyword.startswith(("PC", "CDELT")):
             del header[keyword]
-    for i in (0, 1):
-        header[f"CRPIX{i + 1}"] = float(wcs.wcs.crpix[i])
-        header[f"CRVAL{i + 1}"] = float(wcs.wcs.crval[i])
-        for j in (0, 1):
-            header[f"CD{i + 1}_{j + 1}"] = float(wcs.pixel_scale_matrix[i, j])
+    set_exactly(header, wcs)
     return header
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from zemosaic.solve.adjust import Adjustment, Equations, adjust, own_moves
-from zemosaic.solve.catalogue import unit_vectors
 from zemosaic.solve.merge import Consensus, beyond_chance, crowd, label_stars, means, medians, seen_once
 from zemosaic.solve.pointing import (
     Pointings,
@@ -29,6 +28,7 @@ from zemosaic.solve.pointing import (
     turn_to_pole,
 )
 from zemosaic.solve.rescue import Targets
+from zemosaic.sphere import to_vectors
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -472,7 +472,7 @@ def _reference_stars(catalogue: ReferenceCatalogue, pointings: Pointings, turn: 
         near = left & (apart <= math.radians(_CONE))
         ra, dec = math.degrees(math.atan2(here[1], here[0])) % 360, math.degrees(math.asin(np.clip(here[2], -1, 1)))
         cone = catalogue.cone(ra, dec, math.degrees(float((apart + half)[near].max())))
-        found.append(unit_vectors(np.asarray(cone.ra), np.asarray(cone.dec)))
+        found.append(to_vectors(np.asarray(cone.ra), np.asarray(cone.dec)))
         left &= ~near
     directions: Floats = np.unique(np.concatenate(found), axis=0) @ turn.T
     return directions

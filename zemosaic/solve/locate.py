@@ -8,7 +8,8 @@ confirmed and none of a sample can be solved, the headers are believed, and only
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -20,8 +21,8 @@ from zemosaic.execute import thread_map
 from zemosaic.frames import Frame, FrameError, read_pixels
 from zemosaic.measure import FrameMeasure
 from zemosaic.settings import Settings
-from zemosaic.solve.astap import astap_options, solve_astap
-from zemosaic.solve.astrometry_net import astrometry_options, solve_astrometry_net
+from zemosaic.solve.astap import AstapOptions, astap_options, solve_astap
+from zemosaic.solve.astrometry_net import AstrometryOptions, astrometry_options, solve_astrometry_net
 from zemosaic.solve.catalogue import Catalogue, load_catalogue
 from zemosaic.solve.embedded import SolveError, solve
 from zemosaic.solve.external import Solver, solver_order
@@ -31,6 +32,7 @@ from zemosaic.solve.placement import brightest_first
 from zemosaic.solve.refine import RefinedFrame, Refinement, refine
 from zemosaic.solve.siblings import Sibling, place_among
 from zemosaic.solve.verify import verify
+from zemosaic.sphere import to_radec, to_vectors
 
 Source = Literal["header", "sidecar", "embedded", "astap", "astrometry", "neighbours"]
 
@@ -179,10 +181,8 @@ class _Solving:
             tried = self._near(sample)
             if not any(place.wcs is not None for place in tried.values()):
                 self.events.info("run_info_sky_unknown", frames=len(doubted))
-                todo = [i for i in todo if places[i].wcs is None]
-                places = [place if place.reason == "" or place.wcs is None else _untested(place) for place in places]
-                kept = {i: places[i] for i in doubted}
-                return kept | (self._lost(todo, []) if todo else {})
+                believed = {i: Place(places[i].wcs, places[i].source) for i in doubted}
+                return believed | self._lost([i for i in todo if i not in believed], [])
         found = self._near(todo)
         known = {i: place for i, place in enumerate(places) if place.checked} | {
             i: place for i, place in found.items() if place.wcs is not None
@@ -202,7 +202,7 @@ class _Solving:
         for i in todo:
             frame, stars = self.frames[i], self.measures[i].stars
             # The nearest in time: an alt-az mount turns the sky.
-            kin = sorted((j for j in known if camera_of(self.frames[j]) == camera_of(frame)), key=lambda j: abs(j - i))
+            kin = sorted((j for j in known if self.frames[j].camera == frame.camera), key=lambda j: abs(j - i))
             siblings = [
                 Sibling(wcs, pointing)
                 for j in kin[:_KIN]
@@ -268,27 +268,25 @@ class _Solving:
     def _by(
         self, solver: Solver, frame: Frame, measure: FrameMeasure, hints: tuple[Hint, ...], lost: bool, blind: bool
     ) -> WCS:
-        stars, shape, stop = measure.stars, frame.shape, self.events.check_stop
+        stars, shape = measure.stars, frame.shape
         if solver == "embedded":
             return solve(stars.x, stars.y, stars.flux, shape, hints, self.catalogue, wider=lost, blind=blind).wcs
         brightness = stars.flux.sum(axis=1)
         if solver == "astrometry":
-            options = astrometry_options(self.settings, stop)
-            return solve_astrometry_net(stars.x, stars.y, brightness, shape, hints[0], options)
-        return solve_astap(read_pixels(frame), hints[0], astap_options(self.settings, stop))
+            return solve_astrometry_net(stars.x, stars.y, brightness, shape, hints[0], self._astrometry)
+        return solve_astap(read_pixels(frame), hints[0], self._astap)
 
+    @cached_property
+    def _astrometry(self) -> AstrometryOptions:
+        return astrometry_options(self.settings, self.events.check_stop)
 
-def camera_of(frame: Frame) -> tuple[object, ...]:
-    """What frames share that were taken with the same optics, sensor and binning."""
-    return frame.instrument, frame.focal_length, frame.pixel_size, frame.shape
+    @cached_property
+    def _astap(self) -> AstapOptions:
+        return astap_options(self.settings, self.events.check_stop)
 
 
 def _pointing(frame: Frame) -> tuple[float, float] | None:
     return None if frame.ra is None or frame.dec is None else (frame.ra, frame.dec)
-
-
-def _untested(place: Place) -> Place:
-    return Place(place.wcs, place.source, False, float("nan"), 0, "")
 
 
 def _better(before: Place, after: Place) -> Place:
@@ -296,7 +294,7 @@ def _better(before: Place, after: Place) -> Place:
     if after.wcs is not None:
         return after
     reason = "; ".join(filter(None, (before.reason, after.reason)))
-    return Place(before.wcs, before.source, False, before.residual, before.matched, reason)
+    return replace(before, checked=False, reason=reason)
 
 
 def _hints_near(known: Sequence[WCS]) -> tuple[Hint, ...]:
@@ -304,11 +302,9 @@ def _hints_near(known: Sequence[WCS]) -> tuple[Hint, ...]:
     if not known:
         return ()
     centre = np.array([wcs.all_pix2world([[(n - 1) / 2 for n in wcs.pixel_shape]], 0)[0] for wcs in known])
-    ra, dec = np.radians(centre.T)
-    x, y, z = np.mean([np.cos(dec) * np.cos(ra), np.cos(dec) * np.sin(ra), np.sin(dec)], axis=1)
-    ra0, dec0 = np.degrees(np.arctan2(y, x)) % 360, np.degrees(np.arctan2(z, np.hypot(x, y)))
+    ra, dec = to_radec(to_vectors(*centre.T).mean(axis=0))
     scale = float(np.median([pixel_scale(wcs) for wcs in known]))
-    return (Hint(float(ra0), float(dec0), _NEAR_OTHERS, scale, 0.05),)
+    return (Hint(ra, dec, _NEAR_OTHERS, scale, 0.05),)
 
 
 def _observations(
@@ -321,7 +317,7 @@ def _observations(
             measure.stars.flux.sum(axis=1),
             place.wcs,
             frame.shape,
-            camera_of(frame),
+            frame.camera,
         )
         for frame, measure, place in zip(frames, measures, places, strict=True)
     ]

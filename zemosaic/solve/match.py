@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from zemosaic.solve.catalogue import Catalogue, unit_vectors
+from zemosaic.solve.catalogue import Catalogue
+from zemosaic.sphere import to_vectors
 
 _BINS = 150  # of a ratio of sides, 0 … 1
 LOOSEST = 1 / _BINS  # largest tolerance of a ratio: neighbouring bins are looked at, no more
@@ -116,7 +117,7 @@ def thin_out(catalogue: Catalogue, side: float, count: int) -> NDArray[np.int64]
 
 def sky_triangles(catalogue: Catalogue, neighbours: int) -> Sky:
     """Triangles of every star of a catalogue with its nearest `neighbours`: 6 each for 4 of them, 15 for 6."""
-    stars = unit_vectors(catalogue.ra, catalogue.dec)
+    stars = to_vectors(catalogue.ra, catalogue.dec)
     found = triangles(stars, neighbours)
     cell = _bins(found.shape) @ np.array([_BINS, 1])
     starts = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=_BINS**2))])

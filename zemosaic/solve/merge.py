@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
-from scipy.stats import poisson
+from scipy.special import pdtr, pdtrc  # scipy.stats, which has them too, takes half a second to load
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -93,7 +93,7 @@ def crowd(tree: cKDTree, places: Floats, radius: float) -> tuple[Floats, Bools]:
 
 def beyond_chance(common: NDArray, chance: NDArray) -> Bools:
     """Whether more stars are in common than the number expected by chance explains."""
-    return (common >= _FEWEST) & (poisson.sf(common - 1, chance) < _CHANCE)
+    return (common >= _FEWEST) & (pdtrc(common - 1, chance) < _CHANCE)
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Consensus:
         known, common = self._common(core)
         _, amid = self._surroundings(members, known)
         most = np.argmax(np.where(members, amid, -1))
-        return bool(poisson.cdf(common[most], _SEEN_AGAIN * amid[most]) < _DOUBT)
+        return bool(pdtr(common[most], _SEEN_AGAIN * amid[most]) < _DOUBT)
 
     def _common(self, core: Bools) -> tuple[Bools, Ints]:
         """``(S,)`` stars that the `core` has seen, and ``(F,)`` how many of them each frame has."""

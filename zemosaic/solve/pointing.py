@@ -19,7 +19,7 @@ from astropy.wcs import WCS, Sip
 from numpy.typing import NDArray
 
 from zemosaic.solve.adjust import TERMS
-from zemosaic.solve.catalogue import unit_vectors
+from zemosaic.sphere import to_vectors
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -249,7 +249,7 @@ def _bend_of(plane: Floats, offset: Floats, terms: Floats) -> Floats:
 def sky_directions(wcs: WCS, pixels: Floats) -> Floats:
     """``(n, 3)`` ICRS directions of pixel positions ``(n, 2)``, counted from 0; NaN where there is none."""
     if wcs.wcs.lngtyp == "RA" and wcs.wcs.radesys in ("", "ICRS", "FK5"):
-        return unit_vectors(*wcs.all_pix2world(pixels, 0).T)
+        return to_vectors(*wcs.all_pix2world(pixels, 0).T)
     sky: SkyCoord = wcs.pixel_to_world(*pixels.T)
     return np.asarray(sky.icrs.cartesian.xyz.value.T)
 

@@ -11,10 +11,11 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from zemosaic.solve.catalogue import Catalogue, unit_vectors
+from zemosaic.solve.catalogue import Catalogue
 from zemosaic.solve.match import Sky, find_places, sky_triangles, thin_out
 from zemosaic.solve.placement import Placement, log_chance, place, settle
 from zemosaic.solve.pointing import Camera, tangent_axes
+from zemosaic.sphere import to_vectors
 
 Floats = NDArray[np.float64]
 
@@ -102,7 +103,7 @@ def _as_pointing(found: Placement) -> tuple[Floats, Floats]:
     Only rotation and scale of the matrix are kept: shear fitted to stars in one corner runs wild in the others.
     """
     ra, dec = (math.radians(a) for a in found.centre())
-    direction = unit_vectors(*np.degrees([[ra], [dec]]))[0]
+    direction = to_vectors(*np.degrees([[ra], [dec]]))[0]
     east = [-math.sin(ra), math.cos(ra), 0.0]
     north = [-math.sin(dec) * math.cos(ra), -math.sin(dec) * math.sin(ra), math.cos(dec)]
     matrix = tangent_axes(direction) @ np.array([east, north]).T @ found.matrix
