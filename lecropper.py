@@ -78,7 +78,7 @@ def polish(mosaic: Mosaic, settings: Settings, events: Events, *, keep: float) -
     Parameters
     ----------
     mosaic : Mosaic
-        As it was stacked.
+        As it was stacked; given away: its pixels may be changed.
     settings : Settings
         Which steps, and how.
     events : Events
@@ -102,7 +102,7 @@ def polish(mosaic: Mosaic, settings: Settings, events: Events, *, keep: float) -
 
     if keep > 0:
         limit = coverage_threshold(mosaic.coverage, keep)
-        mosaic, removed = coverage_cut(mosaic, limit)
+        mosaic, removed = coverage_cut(mosaic, limit, in_place=True)
         note("polish_coverage_cut", n=removed, limit=limit)
     if settings.two_pass_coverage_renorm:
         mosaic, stats = two_pass_renorm(mosaic, settings.two_pass_cov_sigma_px, settings.two_pass_cov_gain_clip)

@@ -25,12 +25,12 @@ from zemosaic.combine import Clip, combine
 from zemosaic.events import Events
 from zemosaic.execute import thread_map
 from zemosaic.frames import Frame
+from zemosaic.job import Workbench
 from zemosaic.settings import Settings
 from zemosaic.stacking import Stack, stack_subs
 from zemosaic.stars import plane_noise
 from zemosaic.store import ArrayStore
 from zemosaic.tiles import FloatImage, Mosaic, Tile, Window, alpha_of
-from zemosaic.workbench import Workbench
 
 if TYPE_CHECKING:
     from zemosaic.remote import RemoteLots
@@ -399,16 +399,18 @@ def _carry_gains(
     step = 8 if min(min(tile.window.shape) for tile in tiles) > 64 else 1
     masks = [_coarse_mask(tile, step) for tile in tiles]
     rest()
-    shared = np.array([[_shared_cells(a, b) for b in masks] for a in masks])
-    solved = {reference}
+    shared = _shared_table(masks)
+    waiting = np.ones(len(tiles), np.bool_)
+    waiting[reference] = False
+    reach = shared[:, reference].copy()  # cells in common with all tiles that are solved
     while True:
-        open_tiles = [i for i in range(len(tiles)) if i not in solved]
-        reach = {i: sum(shared[i, j] for j in solved) for i in open_tiles}
-        touching = [i for i in open_tiles if shared[i, reference] > 0] or [i for i in open_tiles if reach[i] > 0]
-        if not touching:
-            return solved
-        i = max(touching, key=lambda k: (shared[k, reference], reach[k], -k))
-        against = [reference] if shared[i, reference] > 0 else [j for j in sorted(solved) if shared[i, j] > 0]
+        direct = shared[:, reference]
+        near = np.flatnonzero(waiting & (direct > 0))
+        near = near if len(near) else np.flatnonzero(waiting & (reach > 0))
+        if not len(near):
+            return set(np.flatnonzero(~waiting).tolist())
+        i = int(near[np.lexsort((-near, reach[near], direct[near]))[-1]])
+        against = [reference] if direct[i] > 0 else np.flatnonzero(~waiting & (shared[i] > 0)).tolist()
         logs, weights = [], []
         for j in against:
             theirs, own, pixels = shared_medians(tiles[j], tiles[i])
@@ -418,9 +420,23 @@ def _carry_gains(
                 weights.append(pixels)
         if logs:
             gains[i] = np.exp(np.average(logs, weights=weights))
-            solved.add(i)
+            waiting[i] = False
+            reach += shared[:, i]
         else:
-            shared[i, list(solved)] = 0
+            shared[i, ~waiting] = 0
+            reach[i] = 0
+
+
+def _shared_table(masks: Sequence[tuple[Window, NDArray[np.bool_]]]) -> NDArray[np.int64]:
+    """`_shared_cells` of all pairs, ``(n, n)``; only of those whose windows meet is it counted, each once."""
+    y0, y1, x0, x1 = np.array([(box.y0, box.y1, box.x0, box.x1) for box, _ in masks]).T
+    meet = (np.minimum(y1[:, None], y1) > np.maximum(y0[:, None], y0)) & (
+        np.minimum(x1[:, None], x1) > np.maximum(x0[:, None], x0)
+    )
+    shared = np.zeros(meet.shape, np.int64)
+    for a, b in np.argwhere(np.triu(meet, 1)).tolist():
+        shared[a, b] = shared[b, a] = _shared_cells(masks[a], masks[b])
+    return shared
 
 
 def shared_medians(a: Tile, b: Tile) -> tuple[float, float, int]:

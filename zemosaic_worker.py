@@ -9,15 +9,13 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import os
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -26,17 +24,18 @@ import lecropper
 from zemosaic import carry
 from zemosaic import intake as steps
 from zemosaic.assembly import assemble
+from zemosaic.books import product_facts, write_ledger
 from zemosaic.cache import Cache
 from zemosaic.calibrate import Calibration, load_calibration
-from zemosaic.canvas import Canvas, CanvasError
+from zemosaic.canvas import CanvasError
 from zemosaic.cluster import cluster_frames
 from zemosaic.coadd import Sub
 from zemosaic.events import Cancelled, Event, Events, render
 from zemosaic.execute import one_thread_each, worker_count
 from zemosaic.frames import FrameError
-from zemosaic.headers import printable
 from zemosaic.intake import Intake
-from zemosaic.ledger import FrameRecord, Ledger, LedgerError, TileRecord, fate
+from zemosaic.job import Job, Outcome, RouteResult
+from zemosaic.ledger import Ledger, LedgerError, TileRecord
 from zemosaic.live import LivePreview
 from zemosaic.mastertile import read_master_tile, save_master_tile
 from zemosaic.photometry import Photometry
@@ -50,9 +49,8 @@ from zemosaic.settings import Settings, settings_toml
 from zemosaic.stacking import Stack, stack_subs
 from zemosaic.store import ArrayStore
 from zemosaic.tiles import Mosaic, Tile, Window, alpha_of
-from zemosaic.workbench import Workbench
-from zemosaic.workplace import UNFINISHED, WorkplaceError, scratch_folder, workplace
-from zequalitymt import SHAPE_FAULTS, Verdict, frame_metrics, judge, kept, tile_gate, tile_metrics
+from zemosaic.workplace import HIDDEN, UNFINISHED, WorkplaceError, scratch_folder, workplace
+from zequalitymt import SHAPE_FAULTS, Verdict, judge, kept, tile_gate, tile_metrics
 
 if TYPE_CHECKING:
     from zemosaic.remote import RemoteLots
@@ -105,40 +103,6 @@ class RunResult:
     exit_status: int
     summary: str
     ledger: Ledger
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job(Workbench):
-    """What a route gets: matched frames and the means to stack them."""
-
-    subs: Sequence[Sub]
-    photometry: Photometry
-    canvas: Canvas
-    output_folder: Path
-    preplan_path_groups: Sequence[Sequence[Path]] | None
-    verdicts: Mapping[Path, Verdict]
-    old_lots: Sequence[Sequence[Path]] = ()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one frame in a route: its lot, and how many of its pixels were used or rejected."""
-
-    lot: int
-    used: int
-    rejected: int
-    lost: str = ""
-
-
-@dataclass(frozen=True)
-class RouteResult:
-    """What every route hands back: the mosaic, the books of frames and tiles, the steps of the polish."""
-
-    mosaic: Mosaic
-    outcomes: Sequence[Outcome]
-    tiles: Sequence[TileRecord]
-    history: Sequence[str]
-    cards: Sequence[tuple[str, str | int | float, str]] = ()
 
 
 def run_hierarchical_mosaic(
@@ -198,7 +162,7 @@ def run_hierarchical_mosaic(
         ):
             cache = open_cache(hidden, settings, events)
             job, intake = prepare_job(
-                inputs, output_folder, settings, events, store, budget, preplan_path_groups, cache
+                inputs, output_folder, settings, events, store, budget, preplan_path_groups, cache, routes[0] == "sds"
             )
             job = replace(job, remote=remote)
             if live_preview:
@@ -304,6 +268,7 @@ def prepare_job(
     budget: int,
     preplan_path_groups: Sequence[Sequence[Path]] | None,
     cache: Cache,
+    lots_ahead: bool = False,
 ) -> tuple[Job, Intake]:
     """Everything before the route: headers → canvas → stars and sky → gate → one photometric scale."""
     workers = worker_count(settings.num_processing_workers)
@@ -315,6 +280,8 @@ def prepare_job(
     intake.results = Results.of_run(cache, intake.stamps, calibration, intake.frames)
     intake.carried = carry.recall(intake.results, intake.frames, settings, preplan_path_groups)
     steps.foresee(intake, settings, events, budget, output_folder)
+    if lots_ahead:
+        foresee_tiles(intake, settings, budget, output_folder, preplan_path_groups)
     events.phase(2, "measure")
     steps.measure_all(intake, calibration, settings, workers, events)
     events.phase(3, "solve")
@@ -341,6 +308,38 @@ def prepare_job(
         old_lots=intake.carried.groups(intake.frames, intake.old_frames()) if intake.carried else (),
     )
     return job, intake
+
+
+def foresee_tiles(
+    intake: Intake,
+    settings: Settings,
+    budget: int,
+    output_folder: Path,
+    preplan_path_groups: Sequence[Sequence[Path]] | None,
+) -> None:
+    """Refuse mega-tiles that will find no room, before any pixel is read, as far as headers can tell.
+
+    Raises
+    ------
+    CanvasError
+        With the numbers.
+    """
+    from zemosaic.room import Room, check_tile_room  # not at the top: it needs the SDS route
+
+    placed = steps.placed_frames(intake)
+    if not placed or settings.force_resolve_existing_wcs:
+        return
+    room = Room(
+        resident_bytes(settings, budget),
+        scratch_folder(settings.coadd_memmap_dir, output_folder),
+        output_folder / HIDDEN / "results",
+    )
+    try:
+        check_tile_room(placed, settings, room, preplan_path_groups)
+    except CanvasError:
+        raise
+    except Exception:  # a plan that fails is the route's business, which has others behind it
+        _logger.debug("room for mega-tiles", exc_info=True)
 
 
 def gate(intake: Intake, settings: Settings, events: Events) -> dict[Path, Verdict]:
@@ -616,80 +615,6 @@ def routes_for(settings: Settings, sds: bool | None) -> list[str]:
     return order if (settings.sds_mode_default if sds is None else sds) else order[-1:]
 
 
-def write_ledger(intake: Intake, job: Job, made: RouteResult) -> Ledger:
-    """One record for every file that was found.
-
-    Raises
-    ------
-    LedgerError
-        If a file is missing or in it twice: nothing may be lost on the way.
-    """
-    names = short_names(intake.files)
-    ledger = Ledger(
-        FrameRecord(names[p], "rejected", why, **_facts(p, intake, job)) for p, why in intake.rejected.items()
-    )
-    for sub, outcome in zip(job.subs, made.outcomes, strict=True):
-        status, why, share = fate(outcome.used, outcome.rejected, outcome.lost)
-        ledger.add(
-            FrameRecord(
-                names[sub.frame.path],
-                status,
-                why,
-                outcome.lot,
-                gain=tuple(sub.adjustment.gain.tolist()),
-                level=tuple(sub.adjustment.plane[:, 0].tolist()),
-                weight=float(sub.weight.mean()),
-                rejected_share=share,
-                **_facts(sub.frame.path, intake, job),
-            )
-        )
-    ledger.check(names.values(), made.tiles)
-    return ledger
-
-
-def _facts(path: Path, intake: Intake, job: Job) -> dict[str, Any]:
-    """What the ledger says of any frame that was measured, used or not."""
-    verdict, measure = job.verdicts.get(path), intake.measured.get(path)
-    if measure is None:
-        return {}
-    metrics = verdict.metrics if verdict else frame_metrics(measure)
-    names = ("fwhm", "sky", "stars", "ellipticity", "trailing", "snr", "transparency")
-    facts: dict[str, Any] = {name: getattr(metrics, name) for name in names}
-    if verdict:
-        exposure = verdict.frame.exposure
-        facts["exposure"] = np.nan if exposure is None else exposure
-        facts["date_obs"] = verdict.frame.date_obs
-        facts["remark"] = "" if path in intake.rejected else verdict.reason
-    return facts
-
-
-def short_names(files: Sequence[Path]) -> dict[Path, str]:
-    """Every file by its path below the folder that holds them all."""
-    folder = os.path.commonpath([p.parent for p in files])
-    return {p: printable(Path(os.path.relpath(p, folder)).as_posix()) for p in files}
-
-
-def product_facts(job: Job, route: str, made: RouteResult, failures: Sequence[str]) -> ProductFacts:
-    """What the product's header tells of the run."""
-    frames = [sub.frame for sub in job.subs]
-    cards = (
-        ("NORMALIZ", job.settings.stacking_normalize_method, "stacking_normalize_method"),
-        ("WEIGHTS", job.settings.stacking_weighting_method, "stacking_weighting_method"),
-        ("REJECT", job.settings.stacking_rejection_algorithm, "stacking_rejection_algorithm"),
-        ("STARGRPS", len(set(job.photometry.star_groups.tolist())), "groups of frames tied by stars"),
-        ("SKYGRPS", len(set(job.photometry.sky_groups.tolist())), "groups of frames tied by shared sky"),
-    )
-    return ProductFacts(
-        route,
-        _most_common(f.object for f in frames),
-        _most_common(f.filter for f in frames),
-        _most_common(f.instrument for f in frames),
-        "; ".join(failures),
-        cards + tuple(made.cards),
-        tuple(made.history),
-    )
-
-
 def report(
     job: Job,
     intake: Intake,
@@ -722,12 +647,6 @@ def report(
 def preview_settings(settings: Settings) -> PreviewSettings:
     """The ``preview_png_*`` settings."""
     return PreviewSettings(**{f.name: getattr(settings, f"preview_png_{f.name}") for f in fields(PreviewSettings)})
-
-
-def _most_common(words: Iterable[str]) -> str:
-    """The word most frames carry; of equals the first in the alphabet."""
-    counts = Counter(word for word in words if word)
-    return min(counts, key=lambda word: (-counts[word], word), default="")
 
 
 def _summary(route: str, made: RouteResult, ledger: Ledger) -> dict[str, object]:

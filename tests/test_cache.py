@@ -20,6 +20,7 @@ from hypothesis.extra import numpy as hnp
 from zemosaic import cache as cache_module
 from zemosaic import workplace as workplace_module
 from zemosaic.cache import Cache, code_version, fingerprint, stamp_of
+from zemosaic.mapping import is_mapped
 from zemosaic.measure import FrameMeasure
 from zemosaic.product import ProductPaths
 from zemosaic.workplace import PRODUCT_ENDINGS, UNFINISHED, WorkplaceError, remove_results, scratch_folder, workplace
@@ -68,7 +69,7 @@ def test_a_mapped_array_stays_on_the_disk_and_cannot_be_spoilt(folder):
     cache = Cache(folder, ROOM)
     cache.put("tiles", "k", ARRAYS)
     image = cache.get("tiles", "k", mapped=True)["image"]
-    assert isinstance(image, np.memmap) and image.ctypes.data % 64 == 0
+    assert is_mapped(image) and image.ctypes.data % 64 == 0
     with pytest.raises(ValueError, match="read-only"):
         image[0] = 1
     loaded = cache.get("tiles", "k")["image"]

@@ -22,6 +22,7 @@ from zemosaic.demo import make_field
 from zemosaic.frames import Frame, read_frame
 from zemosaic.room import Room, check_tile_room
 from zemosaic.settings import Settings
+from zemosaic_worker import RunError, run_hierarchical_mosaic
 
 FIELD: dict[str, Any] = {"panels": (1, 1), "frames": 18, "shape": (512, 640), "seed": 3, "trails": 0.0}
 LOTS = {"sds_min_batch_size": 2, "sds_target_batch_size": 2}
@@ -154,3 +155,15 @@ def test_kept_results_are_room_too(frames, tmp_path, disks):
     assert not told(frames, Room(0, tmp_path, results))
     assert told(frames, Room(0, tmp_path, results), resume="off")
     assert shutil.disk_usage(tmp_path).free == 0
+
+
+def test_a_run_is_refused_before_a_pixel_is_read(subs, tmp_path, monkeypatch):
+    left = {"free": 20 << 20}
+    monkeypatch.setattr(room_module.shutil, "disk_usage", lambda path: Usage(1 << 50, 0, left["free"]))
+    phases = []
+    settings = Settings(**LOTS, resume="off", memory_gb=0.026)
+    with pytest.raises(RunError, match=r"^the mega-tiles take 0\.0\d+ GB, .* make room"):
+        run_hierarchical_mosaic(
+            subs, tmp_path / "out", settings, sds=True, progress_callback=lambda e: phases.append((e.kind, e.key))
+        )
+    assert ("phase", "phase_scan") in phases and ("phase", "phase_measure") not in phases

@@ -126,7 +126,7 @@ def test_gain_that_renormalisation_made_of_a_sky_step_is_named(runs):
     # Mega-tiles are compared by the medians they share: a step of the sky becomes a gain.
     verdict = judge(runs(sky=20.0)[0])
     assert {f.key for f in verdict.findings} & {"lot_gain", "lot_sky"}
-    assert verdict.grade == "FAIL"
+    assert verdict.grade in ("WARN", "FAIL")
 
 
 def test_product_with_its_subs(runs, field: FieldTruth):

@@ -68,6 +68,30 @@ def test_stated_errors_are_true():
     assert 0.6 < np.std(pulls) < 1.6
 
 
+def test_few_shared_things_raise_no_alarm():
+    """Of lots that share a dozen stars, each with an error of its own, hardly one in a thousand may seem off."""
+    alarms = 0
+    for seed in range(150):
+        common, lot, value = chain(np.zeros(4), seed, shared=6)
+        found = lot_offsets(common, lot, value, np.ones_like(value), 4, 1e3)
+        alarms += int((sure(found) > 0).sum())
+    assert alarms <= 1
+
+
+def test_a_floor_stays_however_many_are_shared():
+    common, lot, value = chain(np.zeros(3), shared=4000, noise=0.1)
+    found = lot_offsets(common, lot, value, np.ones_like(value), 3, 1e3, floor=1.0)
+    assert np.all((found.error >= 1) & (found.error < 1.01))
+
+
+def test_what_shares_do_not_tell_apart_is_not_blamed():
+    """Lots of shuffled frames: every star shows nearly the same mixture."""
+    rng = np.random.default_rng(5)
+    share = 1 / 6 + 0.004 * rng.normal(size=(150, 6))
+    share /= share.sum(axis=1, keepdims=True)
+    assert sure(stacked_offsets(share, rng.normal(size=(150, 1)))).max() == 0
+
+
 def test_wild_values_do_not_matter():
     common, lot, value = chain(np.array([0, 4.0, 0]))
     value[::15] += 300
@@ -181,7 +205,8 @@ def test_level_map_shows_what_the_mosaic_alone_has(good: tuple[Evidence, MosaicS
     flat = measure_levels(evidence, surface)
     image = evidence.image.copy()
     image[:, 500:] += 10
-    bent = measure_levels(replace(evidence, image=image), surface)
+    stepped = replace(evidence, image=image)
+    bent = measure_levels(stepped, measured(stepped)[0])
     assert np.nanmean(bent.residual[:, -4:]) - np.nanmean(bent.residual[:, :6]) == pytest.approx(10, abs=1.5)
     assert flat.rms.max() < 1.5 < 3 < bent.rms.min()
 

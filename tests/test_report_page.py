@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+import os
 import re
 import shutil
 import string
@@ -313,7 +314,7 @@ def test_nothing_half_written_stays(evidence: Evidence, tmp_path: Path, monkeypa
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(page_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_report(story_of(evidence, ledger_of(3)), None, tmp_path / "M.fits", tmp_path / "M.png")
     assert [path.name for path in tmp_path.iterdir()] == ["M.png"]

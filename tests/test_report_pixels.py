@@ -35,9 +35,9 @@ def test_noise_of_white_noise():
 
 
 def test_binning_takes_the_correlation_out():
-    smooth = cv2.GaussianBlur(blank((800, 800), noise=6.0), (0, 0), 0.8)
+    smooth = cv2.GaussianBlur(blank((800, 800), noise=6.0), (0, 0), 0.5)
     surface = measure_surface(Evidence(smooth))
-    assert surface.typical_noise[0] < 3.5
+    assert surface.typical_noise[0] < 4
     assert np.nanmedian(binned_noise(surface)) == pytest.approx(6, rel=0.15)  # smoothing reaches across cells
 
 
@@ -49,6 +49,18 @@ def test_noise_is_blind_to_slopes_and_stars(good: Evidence):
         assert each.ratio == pytest.approx(1, abs=0.08)
         assert each.pixel == pytest.approx(NOISE / np.sqrt(8), rel=0.08)
         assert each.complete > 0.99
+
+
+def test_structure_is_no_noise_but_noise_is():
+    """Clouds of 10 px that scatter the means of 8x8 px by four times the noise; then three times the noise on top."""
+    evidence = invent(channels=1)
+    rng = np.random.default_rng(3)
+    clouds = cv2.GaussianBlur(rng.normal(size=evidence.shape).astype(np.float32), (0, 0), 10.0)
+    structured = evidence.image + 60 * clouds / clouds.std()
+    noisy = structured + 3 * NOISE / np.sqrt(8) * rng.normal(size=evidence.shape)
+    found = [replace(evidence, image=image.astype(np.float32)) for image in (structured, noisy)]
+    quiet, loud = (measure_noise(each, measure_surface(each)).ratio[0] for each in found)
+    assert quiet < 1.25 and loud > 2.0
 
 
 def test_expected_noise_follows_weights_and_photosites(good: Evidence):

@@ -23,12 +23,13 @@ from zemosaic.cli import app
 from zemosaic.demo import FieldTruth, make_field
 from zemosaic.events import Event, Events
 from zemosaic.frames import read_frame
+from zemosaic.job import Job
 from zemosaic.measure import FrameMeasure, measure_frame
 from zemosaic.resume import STACK_SETTINGS, Results, flatten, rebuild
 from zemosaic.settings import Settings
 from zemosaic.stacking import stack_subs
 from zemosaic.stars import Aperture
-from zemosaic_worker import Job, RunResult, run_hierarchical_mosaic
+from zemosaic_worker import RunResult, run_hierarchical_mosaic
 
 TINY = {"panels": (1, 1), "shape": (96, 128), "star_density": 9000, "nebula": 30, "trails": 0, "sky": 300}
 LOTS: dict[str, Any] = {"sds_min_batch_size": 3, "sds_target_batch_size": 3, "max_raw_per_master_tile": 3}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
+from zemosaic.mapping import is_mapped
 from zemosaic.store import ArrayStore
 
 MEGABYTE = 2**20
@@ -33,7 +35,7 @@ def test_within_the_budget_arrays_are_kept_as_they_are(tmp_path):
 def test_beyond_the_budget_arrays_are_mapped_from_files(tmp_path):
     with ArrayStore(2 * MEGABYTE, tmp_path) as store:
         kept = [store.keep(block(i)) for i in range(5)]
-        assert [isinstance(array, np.memmap) for array in kept] == [False, False, True, True, True]
+        assert [is_mapped(array) for array in kept] == [False, False, True, True, True]
         assert len(scratch_files(tmp_path)) == 3
         for i, array in enumerate(kept):
             assert array.dtype == np.float32 and (array == i).all()
@@ -42,10 +44,10 @@ def test_beyond_the_budget_arrays_are_mapped_from_files(tmp_path):
 
 def test_what_still_fits_stays_in_memory_even_after_something_did_not(tmp_path):
     with ArrayStore(2 * MEGABYTE, tmp_path) as store:
-        assert isinstance(store.keep(block(1, 3)), np.memmap)
+        assert is_mapped(store.keep(block(1, 3)))
         small = block(2, 1.5)
         assert store.keep(small) is small
-        assert isinstance(store.keep(block(3)), np.memmap)
+        assert is_mapped(store.keep(block(3)))
 
 
 @pytest.mark.parametrize(
@@ -57,15 +59,14 @@ def test_what_still_fits_stays_in_memory_even_after_something_did_not(tmp_path):
         np.array([np.nan, 1, np.inf], np.float32),
     ],
 )
-def test_a_mapped_copy_is_the_same_array_and_can_be_written_to(tmp_path, array):
+def test_a_mapped_copy_is_the_same_array(tmp_path, array):
     with ArrayStore(0, tmp_path) as store:
         kept = store.keep(array)
-        assert isinstance(kept, np.memmap)
+        assert is_mapped(kept)
         assert kept.shape == array.shape and kept.dtype == array.dtype
         np.testing.assert_array_equal(kept, array)
-        before = array.copy()
-        kept[...] = 1
-        np.testing.assert_array_equal(array, before)
+        with pytest.raises(ValueError, match="read-only"):
+            kept[...] = 1
 
 
 def test_an_empty_array_needs_no_room(tmp_path):
@@ -74,13 +75,11 @@ def test_an_empty_array_needs_no_room(tmp_path):
         assert scratch_files(tmp_path) == []
 
 
-def test_released_arrays_are_read_back_with_what_was_written_to_them(tmp_path):
+def test_released_arrays_are_read_back(tmp_path):
     with ArrayStore(MEGABYTE, tmp_path) as store:
         in_memory, mapped = store.keep(block(1)), store.keep(block(2))
-        mapped[::2] = 7
         store.release()
-        assert (in_memory == 1).all()
-        assert (mapped[::2] == 7).all() and (mapped[1::2] == 2).all()
+        assert (in_memory == 1).all() and (mapped == 2).all()
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="this system lets go of mapped memory by itself")
@@ -130,7 +129,7 @@ def test_threads_share_one_budget(tmp_path):
     arrays = [block(i, 0.25) for i in range(40)]
     with ArrayStore(5 * MEGABYTE, tmp_path) as store, ThreadPoolExecutor(8) as pool:
         kept = list(pool.map(store.keep, arrays))
-        assert sum(isinstance(array, np.memmap) for array in kept) == 20
+        assert sum(is_mapped(array) for array in kept) == 20
         assert all((array == i).all() for i, array in enumerate(kept))
 
 
@@ -146,3 +145,27 @@ def test_without_a_folder_the_systems_own_is_used_and_left_clean(tmp_path, monke
         store.keep(block(1))
         assert len(scratch_files(tmp_path)) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are counted on Linux")
+def test_a_thousand_mapped_arrays_keep_no_file_open(tmp_path):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with ArrayStore(0, tmp_path) as store:
+        kept = [store.keep(np.full(10, i, np.int16)) for i in range(1000)]
+        assert len(list(Path("/proc/self/fd").iterdir())) < before + 10
+        store.release()
+        assert [int(array[3]) for array in kept] == list(range(1000))
+
+
+def test_what_is_computed_from_a_mapped_array_is_not_mapped(tmp_path):
+    with ArrayStore(0, tmp_path) as store:
+        kept = store.keep(np.arange(12.0).reshape(3, 4))
+        assert is_mapped(kept[1:, ::2]) and is_mapped(kept.T)
+        assert not any(is_mapped(made) for made in (kept + 1, kept.copy(), kept[[0, 2]], kept.sum(axis=0)))
+
+
+def test_a_view_outlives_the_array_that_it_was_cut_from(tmp_path):
+    with ArrayStore(0, tmp_path) as store:
+        view = store.keep(np.arange(100_000.0))[10:20]
+        gc.collect()
+        np.testing.assert_array_equal(view, np.arange(10.0, 20.0))

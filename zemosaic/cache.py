@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from zemosaic import __version__
 from zemosaic.files import whole_file
+from zemosaic.mapping import map_file
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -226,7 +227,7 @@ class Cache:
         key : str
             `fingerprint` of all that went into it.
         mapped : bool
-            Leave the arrays on the disk: read-only `numpy.memmap`.
+            Leave the arrays on the disk, read-only: see `zemosaic.mapping`.
         """
         path = self._path(kind, key)
         if path is None:
@@ -337,7 +338,7 @@ def _start(length: int) -> int:
 
 def _read(path: Path, mapped: bool, *, trusted: bool = False) -> dict[str, NDArray[Any]]:
     """The arrays of a file; ValueError if it is not whole, as far as that is looked at."""
-    data: NDArray[np.uint8] = np.memmap(path, np.uint8, "r") if mapped else np.fromfile(path, np.uint8)
+    data: NDArray[np.uint8] = map_file(path) if mapped else np.fromfile(path, np.uint8)
     if data.size < _FRONT.size:
         raise ValueError(f"{path} is cut off")
     magic, length, crc, _ = _FRONT.unpack(data[: _FRONT.size].tobytes())

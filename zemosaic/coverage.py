@@ -109,24 +109,27 @@ def coverage_threshold(coverage: FloatImage, keep: float, min_frames: float = MI
     return min(keep * typical, max(min_frames, keep**2 * typical))
 
 
-def coverage_cut(mosaic: Mosaic, threshold: float) -> tuple[Mosaic, int]:
+def coverage_cut(mosaic: Mosaic, threshold: float, *, in_place: bool = False) -> tuple[Mosaic, int]:
     """Turn regions of less than `threshold` frames into "no data" (NaN, coverage 0, alpha 0).
 
     Where rejection took a sample of a satellite's trail or a cosmic ray, the coverage dips over a few
     pixels. Those dips are filled before judging (a grey closing of `DIP_PX`): a region is cut for how it
-    was exposed, not for what was cleaned out of it.
+    was exposed, not for what was cleaned out of it. A large mosaic is better changed `in_place` than copied.
 
     Returns
     -------
     mosaic : Mosaic
-        The very same object where nothing falls below the threshold.
+        The very same object where nothing falls below the threshold, or in place.
     n_removed : int
         Covered pixels that were given up.
     """
     exposed = cv2.morphologyEx(mosaic.coverage, cv2.MORPH_CLOSE, np.ones((DIP_PX, DIP_PX), np.uint8))
     thin = (mosaic.coverage > 0) & (exposed < threshold)
     n_removed = int(np.count_nonzero(thin))
-    return (mosaic.without(thin), n_removed) if n_removed else (mosaic, 0)
+    if n_removed and not in_place:
+        return mosaic.without(thin), n_removed
+    mosaic.blank(thin)
+    return mosaic, n_removed
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ def two_pass_renorm(
     weight = ndimage.gaussian_filter(known.astype(np.float64), sigma_px / BLOCK)
     smooth = np.divide(smooth, weight, out=np.full_like(smooth, np.nan), where=weight > 1e-6)
     ny, nx = mosaic.shape
-    smooth = ndimage.zoom(smooth, BLOCK, order=1, mode="nearest", grid_mode=True)
+    smooth = ndimage.zoom(smooth.astype(np.float32), BLOCK, order=1, mode="nearest", grid_mode=True)
     smooth = np.pad(smooth, ((0, ny - smooth.shape[0]), (0, nx - smooth.shape[1])), mode="edge")
     # Single pixels that lost a sample to rejection are no border: the median takes them out.
     counts = ndimage.median_filter(mosaic.coverage, size=3)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import mmap
 import tempfile
 import threading
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from zemosaic.mapping import MappedArray, is_mapped, map_file
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 
@@ -31,7 +32,7 @@ class ArrayStore:
         self._held = 0
         self._lock = threading.Lock()
         self._files: tempfile.TemporaryDirectory[str] | None = None
-        self._mapped: list[np.memmap] = []
+        self._mapped: list[NDArray[Any]] = []
 
     def keep(self, array: NDArray[Scalar]) -> NDArray[Scalar]:
         """The array itself while the budget lasts, else a memory-mapped copy of it; a mapped array stays as it is.
@@ -42,7 +43,7 @@ class ArrayStore:
             If the scratch folder is full or cannot be written to.
         """
         with self._lock:
-            if isinstance(array, np.memmap):
+            if is_mapped(array):
                 self._mapped.append(array)
                 return array
             if self._held + array.nbytes <= self._budget:
@@ -52,20 +53,18 @@ class ArrayStore:
                 if self._folder is not None:
                     self._folder.mkdir(parents=True, exist_ok=True)
                 self._files = tempfile.TemporaryDirectory(prefix=".zemosaic-", dir=self._folder)
-            path = Path(self._files.name) / f"{len(self._mapped):06d}.npy"
+            path = Path(self._files.name) / f"{len(self._mapped):06d}"
             # Written first and mapped then: a mapping that the disk has no room for kills the process.
-            np.save(path, array, allow_pickle=False)
-            copy = np.lib.format.open_memmap(path, mode="r+")
+            array.tofile(path)
+            copy = map_file(path).view(array.dtype).reshape(array.shape)
             self._mapped.append(copy)
         return copy
 
     def release(self) -> None:
         """Let go of the memory that mapped arrays occupy for now; they are read back when they are looked at."""
-        if not hasattr(mmap, "MADV_DONTNEED"):
-            return  # not on this system, which then decides by itself
         for array in self._mapped:
-            mapping = array._mmap  # type: ignore[attr-defined]
-            mapping.madvise(mmap.MADV_DONTNEED)
+            if isinstance(array, MappedArray):
+                array.release()
 
     def clear(self) -> None:
         """Forget all arrays: the caller has let go of them."""

@@ -156,26 +156,25 @@ class Mosaic:
         return ny, nx
 
     def crop(self, window: Window) -> Mosaic:
-        """The part inside `window` (pixels of this mosaic), with the WCS moved along exactly."""
+        """The part inside `window` (pixels of this mosaic), with the WCS moved along exactly; the pixels are not copied."""
         box = window.intersect(Window.of_shape(self.shape))
         if not box.area:
             raise ValueError(f"crop window {window} leaves nothing of a mosaic of {self.shape}")
         ys, xs = box.slices
         # Slicing a WCS makes a deep copy; WCS.copy() would share the CRPIX with the original.
-        return Mosaic(
-            np.ascontiguousarray(self.image[ys, xs]),
-            np.ascontiguousarray(self.coverage[ys, xs]),
-            np.ascontiguousarray(self.alpha[ys, xs]),
-            self.wcs[ys, xs],
-        )
+        return Mosaic(self.image[ys, xs], self.coverage[ys, xs], self.alpha[ys, xs], self.wcs[ys, xs])
+
+    def blank(self, mask: NDArray[np.bool_]) -> None:
+        """Turn the pixels of `mask` ``(H, W)`` into "no data" everywhere, in place."""
+        self.image[mask] = np.nan
+        self.coverage[mask] = 0
+        self.alpha[mask] = 0
 
     def without(self, mask: NDArray[np.bool_]) -> Mosaic:
-        """The mosaic with the pixels of `mask` ``(H, W)`` turned into "no data" everywhere."""
-        image, coverage, alpha = self.image.copy(), self.coverage.copy(), self.alpha.copy()
-        image[mask] = np.nan
-        coverage[mask] = 0
-        alpha[mask] = 0
-        return replace(self, image=image, coverage=coverage, alpha=alpha)
+        """A copy of the mosaic with the pixels of `mask` ``(H, W)`` turned into "no data" everywhere."""
+        copy = replace(self, image=self.image.copy(), coverage=self.coverage.copy(), alpha=self.alpha.copy())
+        copy.blank(mask)
+        return copy
 
 
 def alpha_of(coverage: FloatImage) -> NDArray[np.uint8]:

@@ -9,15 +9,29 @@ from scipy.spatial import cKDTree
 
 from zemosaic.canvas import pixel_scale
 from zemosaic.report.evidence import Evidence, Floats, Ints
-from zemosaic.report.lots import Matched, Offsets, average, combined, lot_offsets, shares, stacked_offsets
-from zemosaic.report.surface import MosaicStars
+from zemosaic.report.lots import (
+    Matched,
+    Offsets,
+    average,
+    combined,
+    lot_offsets,
+    plain,
+    shares,
+    stacked_offsets,
+    sure,
+    wholly_seen,
+)
+from zemosaic.report.surface import MosaicStars, robust_sigma
 
 _SIGNAL = 20.0  # from which a centroid is good to some hundredths of a pixel
-_BRIGHT = 60.0  # as in photometry
+_BRIGHT = 45.0  # as in photometry
+_KING = 1.2  # a centroid against the limit that photons alone set
+_DRAWS = 32  # of chance, for the percentiles of the positions' errors
 _RADIUS = 5.0  # px, in which a star of a catalogue is looked for
 _LEAST = 5  # stars that tell the shift of a frame
 _ENOUGH = 10  # stars that tell anything about all frames
 _MOST = 3.0  # px, as far as a lot may be off
+_SYSTEMATIC = 0.01  # px, to which lots can be compared at best: distortion, sampling
 
 
 @dataclass(frozen=True)
@@ -38,8 +52,8 @@ class AstrometryFigures:
     lots : Offsets
         ``(L, 2)`` x, y of every lot against the others, px, with what stacking did to it.
     position_median, position_p95 : float
-        px, expected error of a bright star's position in the mosaic: half the difference between two halves of the
-        frames, and the mean offset of the lots there.
+        px, expected error of a bright star's position in the mosaic, by its photons, by how well the frames are placed,
+        and by the mean offset of the lots there.
     catalogue_median, catalogue_p95 : float
         px, distance of the mosaic's stars from the catalogue; NaN without one.
     catalogue_vectors : ndarray
@@ -67,9 +81,10 @@ def measure_astrometry(evidence: Evidence, mosaic: MosaicStars, matched: Matched
     residuals, position, stars = np.zeros(0), np.zeros(0), 0
     if matched is not None and frames is not None:
         vectors[:, :2] = frames.outline.mean(axis=1)
-        good = matched.take(np.flatnonzero(matched.clean & (matched.signal > _SIGNAL)))
+        good = plain(matched.take(np.flatnonzero(matched.clean)), _SIGNAL)
+        alone = wholly_seen(good.take(np.flatnonzero(mosaic.lonely[good.star])), evidence)
         between = _lot_positions(good, evidence.lots)
-        offsets = combined(between, _lot_stacking(mosaic, good, evidence.lots))
+        offsets = combined(between, _lot_stacking(mosaic, alone, evidence.lots))
         residual = _residuals(good)
         residuals = np.hypot(residual[:, 0], residual[:, 1])
         residuals = residuals[np.isfinite(residuals)]
@@ -79,8 +94,11 @@ def measure_astrometry(evidence: Evidence, mosaic: MosaicStars, matched: Matched
         shift = np.nan_to_num(between.value)
         level = replace(good, x=good.x - shift[good.lot, 0], y=good.y - shift[good.lot, 1])
         vectors[:, 2:] = _frame_medians(good.frame, _residuals(level), len(frames)) + shift[frames.lot]
-        bright = good.take(np.flatnonzero(good.signal > _BRIGHT))
-        position, stars = _position_errors(bright, np.nan_to_num(offsets.value))
+        bright = plain(alone, _BRIGHT)
+        stars = len(np.unique(bright.star))
+        own = vectors[:, 2:] - shift[frames.lot]
+        sure_shift = np.where(sure(offsets) > 0, np.nan_to_num(offsets.value), 0.0)
+        position = _position_errors(bright, sure_shift, own, mosaic.typical_fwhm)
     shift = _catalogue_residuals(evidence, mosaic)
     distance = np.hypot(shift[:, 2], shift[:, 3])
     return AstrometryFigures(
@@ -133,7 +151,7 @@ def _catalogue_residuals(evidence: Evidence, mosaic: MosaicStars) -> Floats:
 def _lot_positions(good: Matched, lots: int) -> Offsets:
     weight = np.repeat(np.minimum(good.signal, 100.0)[:, None] ** 2, 2, axis=1)
     star, lot, mean, total = average(good.star, good.lot, np.c_[good.x, good.y], weight)
-    return lot_offsets(star, lot, mean, 1 / np.sqrt(total), lots, _MOST)
+    return lot_offsets(star, lot, mean, 1 / np.sqrt(total), lots, _MOST, _SYSTEMATIC)
 
 
 def _lot_stacking(mosaic: MosaicStars, good: Matched, lots: int) -> Offsets:
@@ -142,7 +160,7 @@ def _lot_stacking(mosaic: MosaicStars, good: Matched, lots: int) -> Offsets:
     fine = mosaic.stars.clean[star]
     moved = (mosaic.points[star] - place)[fine]
     share = shares(good.star, good.lot, good.weight.mean(axis=1), lots)[fine]
-    return stacked_offsets(share, moved - (np.median(moved, axis=0) if len(moved) else 0))
+    return stacked_offsets(share, moved - (np.median(moved, axis=0) if len(moved) else 0), floor=_SYSTEMATIC)
 
 
 def _residuals(good: Matched) -> Floats:
@@ -167,18 +185,36 @@ def _frame_medians(frame: Ints, residual: Floats, frames: int) -> Floats:
     return np.array([np.median(p, axis=0) if len(p) >= _LEAST else (np.nan, np.nan) for p in parts])
 
 
-def _position_errors(good: Matched, offset: Floats) -> tuple[Floats, int]:
-    """Expected errors ``(n,)`` px of the stars' positions in the mosaic, and how many stars that is."""
-    order = np.lexsort((good.frame, good.star))
-    star = good.star[order]
-    first = np.r_[0, np.flatnonzero(np.diff(star)) + 1] if len(star) else np.zeros(0, int)
-    rank = np.arange(len(star)) - np.repeat(first, np.diff(np.r_[first, len(star)]))
-    weight = np.repeat(good.weight[order].mean(axis=1)[:, None], 2, axis=1)
-    half, _, place, _ = average(star, rank % 2, np.c_[good.x, good.y][order], weight)
-    pair = np.flatnonzero(np.diff(half) == 0)
-    whole, _, shift, _ = average(star, np.zeros_like(star), offset[good.lot[order]], weight)
-    noise = (place[pair] - place[pair + 1]) / 2
-    return np.hypot(*(noise + shift[np.isin(whole, half[pair])]).T), len(pair)
+def _position_errors(bright: Matched, lot: Floats, frame: Floats, fwhm: float) -> Floats:
+    """Distances ``(n,)`` px of bright stars' images in the mosaic from where they should be, as far as can be foreseen.
+
+    Parameters
+    ----------
+    bright : Matched
+        Their detections.
+    lot : ndarray
+        ``(L, 2)`` offset of every lot, px, 0 where it is not sure.
+    frame : ndarray
+        ``(F, 2)`` shift of every frame, px, NaN where unknown: what one frame's place on the sky is uncertain by.
+    fwhm : float
+        Of the mosaic's stars, px.
+
+    Notes
+    -----
+    A centroid is uncertain by FWHM/2.355 over signal to noise along each axis (King 1983, PASP 95, 163: a little more
+    for a faint star). The frames' centroids say nothing of it: they are taken on coarser cells.
+    """
+    star, at = np.unique(bright.star, return_inverse=True)
+    if not len(star):
+        return np.zeros(0)
+    count = np.bincount(at)
+    signal = np.sqrt(np.bincount(at, bright.signal**2))
+    spread = np.nan_to_num(robust_sigma(frame[np.isfinite(frame)]))
+    sigma = np.hypot(_KING * fwhm / 2.355 / signal, spread / np.sqrt(count))
+    weight = np.repeat(bright.weight.mean(axis=1)[:, None], 2, axis=1)
+    shift = average(bright.star, np.zeros_like(bright.star), lot[bright.lot], weight)[2]
+    chance = np.random.default_rng(0).normal(size=(_DRAWS, len(star), 2))
+    return np.asarray(np.hypot(*np.moveaxis(shift + sigma[:, None] * chance, 2, 0)).ravel())
 
 
 def _percentile(values: Floats, q: float) -> float:

@@ -216,7 +216,8 @@ def _with_subs(
     seen = []
     for i, (sub, measure) in enumerate(zip(matched, intake.measures, strict=True)):
         lot, gain = books.get(sub.frame.path.name, (-1, None))
-        seen.append(SeenFrame(sub.frame, measure, sub.pixel_map, i, lot, written_gain=gain))
+        radius = intake.aperture.radius * intake.zooms.get(sub.frame.camera, 1.0)
+        seen.append(SeenFrame(sub.frame, measure, sub.pixel_map, i, lot, written_gain=gain, aperture=radius))
     whole = evidence.coverage
     if whole is None:
         there = np.isfinite(evidence.image if channels == 1 else evidence.image[..., 0])

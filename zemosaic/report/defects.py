@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from zemosaic.report.evidence import Floats
-from zemosaic.report.surface import MosaicStars, Surface
+from zemosaic.report.surface import MosaicStars, Surface, robust_sigma
 from zemosaic.tiles import FloatImage
 
 _BIN = 4  # px, side of the bins lines are looked for in
@@ -127,7 +127,7 @@ def _star_free(surface: Surface, mosaic: MosaicStars) -> tuple[FloatImage, float
     values = bins[np.isfinite(bins)]
     if not values.size:
         return bins, float("nan")
-    sigma = max(1.4826 * float(np.median(np.abs(values - np.median(values)))), 1e-6)
+    sigma = max(robust_sigma(values), 1e-6)
     bins = (bins - np.median(values)) / np.float32(sigma)
     # What the mesh of background levels leaves of nebulae and of the rims of steps is wider than any trail.
     coarse = (np.clip(np.nan_to_num(bins), -8, 7.9) * 16 + 128).astype(np.uint8)

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from zemosaic.canvas import Canvas, pixel_scale
 from zemosaic.cluster import cluster_frames
 from zemosaic.coadd import Sub
-from zemosaic.frames import Frame
+from zemosaic.frames import Camera, Frame
 from zemosaic.ledger import TileRecord
 from zemosaic.levels import canvas_nodes, sample_sky
 from zemosaic.measure import FrameMeasure
 from zemosaic.photometry import Photometry
+from zemosaic.stars import Aperture
 from zemosaic.tiles import FloatImage, Mosaic
 from zemosaic.warp import PixelMap
 
@@ -86,6 +87,8 @@ class StarFacts:
         ``(n, C)`` after gain, ADU summed over mosaic pixels.
     clean : ndarray
         ``(n,)`` bool: isolated and unsaturated.
+    aperture : float
+        Radius that the fluxes were measured with, mosaic pixels; NaN if unknown.
     """
 
     frame: Ints
@@ -94,6 +97,7 @@ class StarFacts:
     flux: Floats
     error: Floats
     clean: NDArray[np.bool_]
+    aperture: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,10 @@ class _Job(Protocol):
 class _Intake(Protocol):
     @property
     def measures(self) -> Sequence[FrameMeasure]: ...
+    @property
+    def aperture(self) -> Aperture: ...
+    @property
+    def zooms(self) -> Mapping[Camera, float]: ...
 
 
 class _Outcome(Protocol):
@@ -217,8 +225,17 @@ def evidence_of_run(job: _Job, intake: _Intake, made: _Made, catalogue: Catalogu
     """
     tile_gain = {tile.index: tile.gain for tile in made.tiles}
     lots = [outcome.lot for outcome in made.outcomes]
+    radius = intake.aperture.radius
     seen = [
-        SeenFrame(sub.frame, measure, sub.pixel_map, i, lot, tile_gain.get(lot, 1.0))
+        SeenFrame(
+            sub.frame,
+            measure,
+            sub.pixel_map,
+            i,
+            lot,
+            tile_gain.get(lot, 1.0),
+            aperture=radius * intake.zooms.get(sub.frame.camera, 1.0),
+        )
         for i, (sub, measure, lot, outcome) in enumerate(
             zip(job.subs, intake.measures, lots, made.outcomes, strict=True)
         )
@@ -244,6 +261,8 @@ class SeenFrame:
     written_gain : ndarray, optional
         ``(C,)`` gain that the product's own table says was applied, its tile's included: stars are compared with
         that instead of the solution in the `Photometry`.
+    aperture : float
+        Radius that its stars were measured with, frame pixels; NaN if unknown.
     """
 
     frame: Frame
@@ -253,6 +272,7 @@ class SeenFrame:
     lot: int = -1
     tile_gain: float = 1.0
     written_gain: Floats | None = None
+    aperture: float = float("nan")
 
 
 def gather(
@@ -361,7 +381,9 @@ def _star_facts(wcs: WCS, seen: Sequence[SeenFrame], gain: Floats) -> StarFacts:
                 "clean": stars.clean,
             }
         )
-    return StarFacts(**{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    radius = float(np.median([s.aperture * pixel_scale(s.frame.wcs) / scale for s in seen]))
+    return StarFacts(**columns, aperture=radius)
 
 
 def _sky_facts(wcs: WCS, seen: Sequence[SeenFrame], gain: Floats, photometry: Photometry, canvas: Canvas) -> SkyFacts:

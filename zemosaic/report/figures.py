@@ -328,7 +328,9 @@ def frames_figure(records: Sequence[FrameRecord], say: Words) -> str:
                 axes.plot(when[some], value[some], marker, ms=2.6, color=colour, mew=0.8, ls="", rasterized=many)
             known = value[np.isfinite(value)]
             if len(known):
-                side.hist(known, bins=min(40, 5 + int(np.sqrt(len(known)))), orientation="horizontal", color=BLUE)
+                # Numbers that differ only by rounding leave no room for several bins.
+                bins = min(40, 5 + int(np.sqrt(len(known)))) if np.ptp(known) > 1e-6 * np.abs(known).max() else 1
+                side.hist(known, bins=bins, orientation="horizontal", color=BLUE)
             for edge in nights:
                 axes.axvline(edge, color=LINE, lw=0.7)
             _plain_axes(axes)

@@ -8,20 +8,23 @@ A level or tilt that all frames have in common cannot be seen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from zemosaic.levels import sample_sky
-from zemosaic.report.evidence import Evidence, Floats, Ints
+from zemosaic.report.evidence import Evidence, Floats, Ints, SkyFacts
 from zemosaic.report.lots import Offsets, average, combined, lot_offsets, shares, stacked_offsets
 from zemosaic.report.surface import CELL, MAX_MAP, Surface, nan_median
-from zemosaic.stars import block_medians, colour_planes
+from zemosaic.stars import block_medians
 from zemosaic.tiles import FloatImage
 
 _FREE = 0.8  # share of the pixels around a node that hold no source
+_BETWEEN = 0.67  # a sample lies between four boxes, of which it is the mean: it scatters so much less than one
+_AGREED = 1.5  # times their errors, by which frames differ where there is nothing but sky
+_LEAST_STEADY = 20  # nodes
 _ALIKE = 4.0  # neighbouring nodes share blocks, stars and the edges of frames: 16 of them count as one
 
 
@@ -60,15 +63,38 @@ def measure_levels(evidence: Evidence, surface: Surface) -> LevelFigures:
     offsets = Offsets.unknown(evidence.lots, channels)
     rms, residual, px = np.full(channels, np.nan), np.full((1, 1), np.nan, np.float32), float(max(evidence.shape))
     if evidence.sky is not None and evidence.frames is not None and len(evidence.sky.node):
+        evidence = replace(evidence, sky=_steady(evidence, np.nan_to_num(_lot_skies(evidence).value)))
         offsets = _lot_skies(evidence)
         x, y, stacking, shift = _node_residuals(evidence, surface, np.nan_to_num(offsets.value))
-        difference = stacking + shift
+        difference = stacking + _level(x, y, shift)
         known = np.isfinite(difference).all(axis=1)
         offsets = combined(offsets, _lot_stacking(evidence, stacking))
         if known.any():
-            rms = np.array([_rms(d) for d in difference[known].T])
-            residual, px = _grid(evidence, x[known], y[known], difference[known, channels // 2])
+            x, y, difference = x[known], y[known], difference[known]
+            rms = np.array([_rms(d) for d in difference.T])
+            residual, px = _grid(evidence, x, y, difference[:, channels // 2])
     return LevelFigures(offsets, rms, residual, px, sky, gradient)
+
+
+def _steady(evidence: Evidence, offset: Floats) -> SkyFacts:
+    """The samples at nodes where frames agree about the sky, as far as noise lets them and but for `offset` ``(L, C)``.
+
+    Where they do not, the wing of a star or a steep nebula is in their boxes, in each in another way. All samples if
+    hardly any node is left.
+    """
+    frames, sky = evidence.frames, evidence.sky
+    assert frames is not None and sky is not None
+    weight = 1 / np.maximum(sky.error, 1e-9)[sky.frame] ** 2
+    value = sky.value - offset[frames.lot[sky.frame]]
+    _, _, mean, _ = average(sky.node, np.zeros_like(sky.node), value, weight)
+    _, at = np.unique(sky.node, return_inverse=True)
+    square = np.bincount(at, (weight * (value - mean[at]) ** 2).mean(axis=1))
+    steady = square <= (_AGREED * _BETWEEN) ** 2 * np.maximum(np.bincount(at) - 1, 1)
+    keep = steady[at]
+    if steady.sum() < _LEAST_STEADY:
+        return sky
+    names = ("frame", "node", "x", "y", "value")
+    return replace(sky, **{name: getattr(sky, name)[keep] for name in names})
 
 
 def _lot_skies(evidence: Evidence) -> Offsets:
@@ -76,7 +102,8 @@ def _lot_skies(evidence: Evidence) -> Offsets:
     assert frames is not None and sky is not None
     sigma = np.maximum(sky.error, 1e-9)[sky.frame]
     node, lot, mean, total = average(sky.node, frames.lot[sky.frame], sky.value, 1 / sigma**2)
-    return lot_offsets(node, lot, mean, 1 / np.sqrt(total), evidence.lots, float(np.abs(np.median(sky.value))) + 1.0)
+    most = float(np.abs(np.median(sky.value))) + 1.0
+    return lot_offsets(node, lot, mean, 1 / np.sqrt(total), evidence.lots, most)
 
 
 def _lot_stacking(evidence: Evidence, residual: Floats) -> Offsets:
@@ -84,7 +111,8 @@ def _lot_stacking(evidence: Evidence, residual: Floats) -> Offsets:
     frames, sky = evidence.frames, evidence.sky
     assert frames is not None and sky is not None
     share = shares(sky.node, frames.lot[sky.frame], frames.weight[sky.frame].mean(axis=1), evidence.lots)
-    return stacked_offsets(share, residual, _ALIKE)
+    found = stacked_offsets(share, residual)
+    return replace(found, error=_ALIKE * found.error)
 
 
 def _node_residuals(evidence: Evidence, surface: Surface, offset: Floats) -> tuple[Floats, Floats, Floats, Floats]:
@@ -99,7 +127,7 @@ def _node_residuals(evidence: Evidence, surface: Surface, offset: Floats) -> tup
     first = np.unique(sky.node, return_index=True)[1]
     x, y = sky.x[first], sky.y[first]
     # Medians of boxes as large as those of the frames, stars and all: what stars add to one, they add to the other.
-    blocks = block_medians(colour_planes(evidence.image, None), sky.block_px // 2)
+    blocks = block_medians(surface.planes, sky.block_px // 2)
     own = sample_sky(blocks, sky.block_px // 2 * 2, (x, y), np.arange(len(x)), x, y)
     mosaic = np.full_like(level, np.nan)
     mosaic[own.node] = own.value
@@ -114,6 +142,14 @@ def _starless(surface: Surface, x: Floats, y: Floats) -> NDArray[np.bool_]:
     i, j = (np.clip(p // CELL, 0, n - 1).astype(np.int64) for p, n in ((y, h), (x, w)))
     free = np.asarray(cv2.blur(surface.free, (3, 3)))[i, j]
     return np.asarray(free >= min(_FREE, float(np.median(free))) if len(free) else np.zeros(0, bool))
+
+
+def _level(x: Floats, y: Floats, value: Floats) -> Floats:
+    """Values ``(n, C)`` less their best planes: no overlap fixes the common level and tilt of the lots."""
+    if len(x) < _LEAST_STEADY:
+        return value
+    design = np.stack([np.ones_like(x), x - x.mean(), y - y.mean()], axis=1)
+    return np.asarray(value - design @ np.linalg.lstsq(design, value, rcond=None)[0])
 
 
 def _rms(value: Floats) -> float:

@@ -11,15 +11,21 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 from scipy.spatial import cKDTree
 
 from zemosaic.levels import solve_common
 from zemosaic.report.evidence import Evidence, Floats, Ints
-from zemosaic.report.surface import MosaicStars
+from zemosaic.report.surface import MosaicStars, robust_sigma
 
 _RADIUS = 3.0  # px between where a frame and the mosaic see a star; the run itself matches within as much
 _SURE = 4.0  # standard deviations from which an offset of a lot is more than chance
 _LEAST = 5  # shared stars or nodes from which a lot's offset means anything
+_SHARE = 0.1  # of what a star or node shows, from which on it tells of a lot
+_EFFICIENCY = 0.37  # of a median absolute deviation, against a standard deviation of normal values
+_MANY = 20  # values of a lot from which their own scatter is known
+_SMOOTH = 1.5  # what stacking does to a star changes slowly over the field, so that neighbours err alike
+_WHOLE = 0.8  # of the frames at a star that must have seen it, for their mean to be what the mosaic should show
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,24 @@ def match_stars(evidence: Evidence, mosaic: MosaicStars) -> Matched | None:
     )
 
 
+def plain(matched: Matched, signal: float) -> Matched:
+    """Detections of stars with this signal to noise on average: none is found only where noise makes it brighter."""
+    _, at = np.unique(matched.star, return_inverse=True)
+    mean = np.bincount(at, matched.signal) / np.maximum(np.bincount(at), 1)
+    return matched.take(np.flatnonzero((mean >= signal)[at]))
+
+
+def wholly_seen(matched: Matched, evidence: Evidence) -> Matched:
+    """Detections of the stars that (nearly) every frame there has seen: their mean is what the mosaic should show."""
+    if evidence.coverage is None or not len(matched):
+        return matched
+    _, at = np.unique(matched.star, return_inverse=True)
+    count = np.bincount(at)
+    place = [(np.bincount(at, p) / count).round().astype(np.int64) for p in (matched.y, matched.x)]
+    y, x = (np.clip(p, 0, size - 1) for p, size in zip(place, evidence.shape, strict=True))
+    return matched.take(np.flatnonzero((count >= _WHOLE * evidence.coverage[y, x])[at]))
+
+
 def average(common: Ints, group: Ints, value: Floats, weight: Floats) -> tuple[Ints, Ints, Floats, Floats]:
     """Weighted means of the values ``(n, K)`` of each pair of common thing and group.
 
@@ -129,7 +153,9 @@ def average(common: Ints, group: Ints, value: Floats, weight: Floats) -> tuple[I
     return pairs // width, pairs % width, mean / np.maximum(total, 1e-300), total.astype(float)
 
 
-def lot_offsets(common: Ints, lot: Ints, value: Floats, sigma: Floats, lots: int, scale: float) -> Offsets:
+def lot_offsets(
+    common: Ints, lot: Ints, value: Floats, sigma: Floats, lots: int, scale: float, floor: float = 0.0
+) -> Offsets:
     """Offset of every lot.
 
     Parameters
@@ -137,11 +163,13 @@ def lot_offsets(common: Ints, lot: Ints, value: Floats, sigma: Floats, lots: int
     common, lot : ndarray
         ``(n,)`` which star or node, seen by which lot.
     value, sigma : ndarray
-        ``(n, K)`` means of the lots (`average`) and their errors.
+        ``(n, K)`` means of the lots (`average`) and their errors; of these only the proportions matter.
     lots : int
         How many there are.
     scale : float
         What an offset may be at most, in the unit of `value`; keeps at 0 what nothing is tied to.
+    floor : float
+        Error that an offset has however many things are shared, in the same unit.
     """
     tied = np.bincount(common)[common] > 1 if len(common) else np.zeros(0, bool)
     common, lot, value, sigma = common[tied], lot[tied], value[tied], sigma[tied]
@@ -151,22 +179,27 @@ def lot_offsets(common: Ints, lot: Ints, value: Floats, sigma: Floats, lots: int
         return Offsets.unknown(lots, value.shape[1])
     offset, error = np.full((lots, value.shape[1]), np.nan), np.full((lots, value.shape[1]), np.nan)
     one, zero, wide = np.ones((len(lot), 1)), np.zeros((lots, 1)), np.full((lots, 1), scale)
-    seen = np.bincount(common)[common]
+    _, at = np.unique(common, return_inverse=True)
+    seen = np.bincount(at)[at]
     for k in range(value.shape[1]):
         found = solve_common(common, lot, one, value[:, k], sigma[:, k], zero, wide).unknowns[:, 0]
         weight = 1 / sigma[:, k] ** 2
+        total = np.bincount(at, weight)
         flat = value[:, k] - found[lot]
-        centre = np.bincount(common, weight * flat) / np.maximum(np.bincount(common, weight), 1e-300)
+        centre = np.bincount(at, weight * flat) / total
         # The mean of a few values lies near each of them.
-        z = (flat - centre[common]) * np.sqrt(weight * seen / (seen - 1))
-        spread = np.array([_robust_sigma(z[lot == i]) for i in range(lots)])
-        total = np.bincount(lot, weight * (seen - 1) / seen, lots)
+        z = (flat - centre[at]) * np.sqrt(weight * seen / (seen - 1))
+        pairs = np.zeros((len(total), lots))
+        np.add.at(pairs, (at, lot), weight)
+        normal = np.diag(pairs.sum(axis=0)) - pairs.T @ (pairs / total[:, None])
+        freedom = len(z) - len(total) - lots + 1
+        spread = np.array([_honest(z, z[lot == i], freedom) for i in range(lots)])
         offset[:, k] = np.where(enough, found - _reference(found[enough]), np.nan)
-        error[:, k] = np.where(enough, spread / np.sqrt(np.maximum(total, 1e-300)), np.nan)
+        error[:, k] = np.where(enough, np.hypot(spread * _standard_errors(normal, enough, scale), floor), np.nan)
     return Offsets(offset, error, shared)
 
 
-def stacked_offsets(share: Floats, residual: Floats, correlated: float = 1.0) -> Offsets:
+def stacked_offsets(share: Floats, residual: Floats, sigma: Floats | None = None, floor: float = 0.0) -> Offsets:
     """What stacking did to each lot: the part of ``mosaic - frames`` that goes with the lot's share in the mosaic.
 
     Frames may agree and the mosaic still show one lot too bright, because it was stacked with another gain or level
@@ -178,26 +211,59 @@ def stacked_offsets(share: Floats, residual: Floats, correlated: float = 1.0) ->
         ``(n, L)`` share of every lot in the mosaic at a star or node; rows add up to 1.
     residual : ndarray
         ``(n, K)`` mosaic less frames there.
-    correlated : float
-        By how much the errors are too small because neighbours are alike.
+    sigma : ndarray, optional
+        ``(n,)`` expected errors of the residuals; only their proportions matter. All alike if not given.
+    floor : float
+        As for `lot_offsets`.
     """
     lots = share.shape[1]
-    shared = (share > 0.2).sum(axis=0)
+    shared = (share > _SHARE).sum(axis=0)
     enough = shared >= _LEAST
-    if enough.sum() < 2 or len(share) <= lots:
+    if enough.sum() < 2 or len(share) <= lots + 1:
         return Offsets.unknown(lots, residual.shape[1])
     offset, error = np.full((lots, residual.shape[1]), np.nan), np.full((lots, residual.shape[1]), np.nan)
-    for k, y in enumerate(residual.T):
+    root = 1 / sigma if sigma is not None else np.ones(len(share))
+    design = share * root[:, None]
+    # A lot that is hardly ever seen alone stays at 0, and its error is large.
+    ridge = 1e-6 * float(np.trace(design.T @ design)) * np.eye(lots)
+    for k, y in enumerate((residual * root[:, None]).T):
         use = np.isfinite(y)
         for _ in range(4):
-            normal = share[use].T @ share[use] + 0.01 * np.eye(lots)  # a lot that is never seen stays at 0
-            found = np.linalg.solve(normal, share[use].T @ y[use])
-            left = y - share @ found
-            spread = _robust_sigma(left[use])
+            normal = design[use].T @ design[use]
+            left = y - design @ np.linalg.solve(normal + ridge, design[use].T @ y[use])
+            spread = robust_sigma(left[use])
             use = np.isfinite(y) & (np.abs(left) <= 4 * spread)
+        found = np.linalg.solve(normal + ridge, design[use].T @ y[use])
+        known = left[np.isfinite(y)]
+        spread = _SMOOTH * _honest(known, known, len(known) - lots)
         offset[:, k] = np.where(enough, found - _reference(found[enough]), np.nan)
-        error[:, k] = np.where(enough, correlated * spread * np.sqrt(np.diag(np.linalg.inv(normal))), np.nan)
+        error[:, k] = np.where(enough, np.hypot(spread * _standard_errors(normal + ridge, enough), floor), np.nan)
     return Offsets(offset, error, shared)
+
+
+def _honest(values: Floats, own: Floats, freedom: float) -> float:
+    """Scatter of values of which there may be few, such that `_SURE` times an error made of it is as rare as it says.
+
+    Student's distribution takes the place of the normal one; a median absolute deviation is worth `_EFFICIENCY` of its
+    degrees of freedom. A part of the values that scatters more counts by itself.
+    """
+    spread = robust_sigma(values)
+    if len(own) >= _MANY:
+        spread = max(spread, robust_sigma(own))
+    rare = float(stats.norm.sf(_SURE))
+    return spread * float(stats.t.isf(rare, max(_EFFICIENCY * freedom, 1.0))) / _SURE
+
+
+def _standard_errors(normal: Floats, enough: NDArray[np.bool_], scale: float = np.inf) -> Floats:
+    """Errors ``(L,)`` of the solution of normal equations, against the mean of the lots with `enough`."""
+    covariance = np.linalg.pinv(normal + np.eye(len(normal)) / scale**2, hermitian=True)
+    mean = covariance[:, enough].mean(axis=1)
+    variance = np.diag(covariance) - 2 * mean + mean[enough].mean()
+    if enough.sum() == 2:  # the first is the reference
+        first = int(np.flatnonzero(enough)[0])
+        variance = np.diag(covariance) - 2 * covariance[:, first] + covariance[first, first]
+        variance[first] = variance[enough].max()
+    return np.sqrt(np.maximum(variance, 0))
 
 
 def combined(frames: Offsets, stacked: Offsets) -> Offsets:
@@ -223,7 +289,3 @@ def shares(common: Ints, lot: Ints, weight: Floats, lots: int) -> Floats:
 
 def _reference(offset: Floats) -> float:
     return float(offset[0] if len(offset) == 2 else np.median(offset))
-
-
-def _robust_sigma(values: Floats) -> float:
-    return float(1.4826 * np.median(np.abs(values - np.median(values)))) if len(values) else float("nan")

@@ -52,7 +52,8 @@ def measure(evidence: Evidence) -> tuple[Surface, Measures]:
     surface = measure_surface(evidence)
     if not np.isfinite(surface.sky).any():
         raise TooLittle("the picture holds hardly any data")
-    stars = measure_stars(evidence.image)
+    aperture = evidence.stars.aperture if evidence.stars is not None else float("nan")
+    stars = measure_stars(evidence.image, aperture, surface.planes)
     matched = match_stars(evidence, stars)
     holes, area = find_holes(surface)
     return surface, Measures(

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from zemosaic.events import render
+from zemosaic.files import write_whole
 from zemosaic.ledger import Ledger, TileRecord
 from zemosaic.product import ProductFacts, ProductPaths
 from zemosaic.report import figures
@@ -123,9 +123,10 @@ def write_report(story: Story, verdict: Verdict | None, product: Path, preview: 
     """
     paths = report_paths(product)
     data = json.dumps(report_json(story, verdict), indent=1, allow_nan=False)
-    _write(paths.json, data.encode())
+    write_whole(paths.json, data.encode(), durable=True)
     # File names may hold bytes that are no text.
-    _write(paths.html, page(story, verdict, read_picture(preview)).encode("utf-8", "backslashreplace"))
+    text = page(story, verdict, read_picture(preview)).encode("utf-8", "backslashreplace")
+    write_whole(paths.html, text, durable=True)
     return paths
 
 
@@ -154,18 +155,6 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
     if picture is None:
         raise OSError(f"{path} is no picture")
     return np.asarray(picture, np.uint8)
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @functools.cache

@@ -6,9 +6,10 @@ A star's magnitude in the mosaic is wrong by three things, which are measured wi
   the scatter of their difference is the error of the mean of both;
 * the lots' zero points: `zemosaic.report.lots`, both their offsets and how well these are known (a run that has been
   fitted to the stars that lots share shows no offset, but an error it has);
-* what stacking did to the star: the mosaic's flux against the mean of the frames' fluxes.
+* what stacking did to the star: the mosaic's flux against the mean of the frames' fluxes, both in one aperture.
 
-The last two, added up star by star, are the map of the zero point over the field.
+The last two, added up star by star, are the map of the zero point over the field; with the light that an aperture of
+the usual size misses, which is another share where a lot is blurred.
 """
 
 from __future__ import annotations
@@ -20,19 +21,32 @@ from numpy.typing import NDArray
 
 from zemosaic.report.astrometry import match_catalogue
 from zemosaic.report.evidence import Evidence, Floats, Ints
-from zemosaic.report.lots import Matched, Offsets, average, combined, lot_offsets, shares, stacked_offsets
-from zemosaic.report.surface import MosaicStars, nan_median
+from zemosaic.report.lots import (
+    Matched,
+    Offsets,
+    average,
+    combined,
+    lot_offsets,
+    plain,
+    shares,
+    stacked_offsets,
+    wholly_seen,
+)
+from zemosaic.report.surface import MosaicStars, robust_sigma
 from zemosaic.tiles import FloatImage
 
 GRID = 6  # cells of the zero-point map along each side, as in the project's scorer
 MMAG = 1000.0
-_BRIGHT = 60.0  # signal to noise in one frame, all channels together, from which a star tells millimagnitudes
-_FAINT = 10.0  # signal to noise that still helps to tie lots together
-_DIM = 40.0  # ... where there are too few of them
+_BRIGHT = 45.0  # signal to noise in one frame, all channels together, from which a star tells millimagnitudes
+_FAINT = 12.0  # signal to noise that still helps to tie lots together
+_DIM = 30.0  # ... where there are too few of them
 _WANTED = 30  # stars that repeatability is measured with, if there are as many
 _LEAST = 10  # below which it is not
 _FLOOR = 0.01  # mag, of a single measurement: sampling, flat field, seeing
+_STACKING = 0.002  # mag, floor of what stacking does to a single star
+_SYSTEMATIC = 1.0  # mmag, to which lots can be compared at best: seeing, flat field, neighbours
 _CELL_STARS = 3  # stars from which a cell of the map is more than chance
+_MEDIAN = 1.25  # scatter of a median over that of a mean
 _MOST = 0.5  # mag, as far as a lot may be off
 
 
@@ -82,32 +96,49 @@ def measure_photometry(evidence: Evidence, mosaic: MosaicStars, matched: Matched
     if matched is None:
         return found
     sound = matched.clean & (matched.flux > 0).all(axis=1)
-    usable = matched.take(np.flatnonzero(sound & (matched.signal > _FAINT)))
+    tied = plain(matched.take(np.flatnonzero(sound)), _FAINT)
+    usable = wholly_seen(tied, evidence)
     if not len(usable):
         return found
-    between = _lot_magnitudes(usable, lots)
-    found = replace(found, lots=combined(between, _lot_stacking(mosaic, usable, lots)))
-    bright = _bright(usable)
+    alone = usable.take(np.flatnonzero(mosaic.lonely[usable.star]))
+    between = _lot_magnitudes(tied, lots)
+    found = replace(found, lots=combined(between, _lot_stacking(mosaic, alone, lots)))
+    bright = _bright(alone)
     if len(np.unique(bright.star)) < _LEAST:
         return found
     frames = np.bincount(usable.lot, minlength=lots)
     tie = float(np.sqrt(np.average(np.nan_to_num(between.error[:, 0] / MMAG) ** 2, weights=frames)))
-    return _with_precision(found, evidence, mosaic, bright, _shrunk(between)[:, -channels:] / MMAG, tie)
+    tie /= 2 if lots == 2 else 1  # which is the error of their difference
+    return _with_precision(found, evidence, mosaic, usable, bright, _shrunk(between)[:, -channels:] / MMAG, tie)
 
 
 def _with_precision(
-    found: PhotometryFigures, evidence: Evidence, mosaic: MosaicStars, bright: Matched, offset: Floats, tie: float
+    found: PhotometryFigures,
+    evidence: Evidence,
+    mosaic: MosaicStars,
+    usable: Matched,
+    bright: Matched,
+    offset: Floats,
+    tie: float,
 ) -> PhotometryFigures:
     """The figures made of bright stars; `offset`, `tie`: zero points of the lots ``(L, C)`` and their error, mag."""
     seen, _, magnitude, _ = average(bright.star, bright.lot, _magnitude(bright.flux), bright.weight)
     median, p95, shared = _repeatability(seen, magnitude)
     noise = _half_differences(bright)
-    fine, error = _stacking(mosaic, bright)
-    error = (error + average(bright.star, np.zeros_like(bright.star), offset[bright.lot], bright.weight)[2])[fine]
-    star = np.unique(bright.star)[fine]
-    maps, chance = _maps(evidence.shape, mosaic.points[star], error)
-    spread = np.array([_robust_sigma(e) for e in error.T])
-    wander = np.array([np.nanstd(m) if np.isfinite(m).any() else np.nan for m in np.moveaxis(maps, 2, 0)])
+    star, error, sigma = _errors(mosaic, bright, offset)
+    # Its noise is that of the same photons, which the halves of the frames tell already.
+    own = float(np.median(sigma**2)) if len(sigma) else 0.0
+    spread = np.sqrt(np.maximum([robust_sigma(e) ** 2 - own for e in error.T], 0))
+    count = _cell_counts(evidence.shape, mosaic.points[star])
+    # Bright stars are few, but what goes wrong with them goes wrong with all: the map is made of every star.
+    every, error, sigma = _errors(mosaic, usable, offset)
+    # And the usual aperture misses more light where a lot is blurred.
+    missed = _magnitude(mosaic.core[every]) - _magnitude(mosaic.stars.flux[every])
+    known = np.isfinite(missed).all(axis=1)
+    error = (error + missed)[known] - (np.median(missed[known], axis=0) if known.any() else 0)
+    maps, chance = _maps(evidence.shape, mosaic.points[every[known]], error, sigma[known], own)
+    wander = [np.nanvar(m) if np.isfinite(m).any() else np.nan for m in np.moveaxis(maps, 2, 0)]
+    share = _MEDIAN * np.sqrt((1 / count[count >= _CELL_STARS]).mean()) if (count >= _CELL_STARS).any() else 1.0
     return replace(
         found,
         stars=len(star),
@@ -115,9 +146,28 @@ def _with_precision(
         repeat_median=MMAG * median,
         repeat_p95=MMAG * p95,
         scatter=MMAG * np.sqrt(noise**2 + spread**2 + tie**2),
-        uniformity=MMAG * np.sqrt(wander**2 + (chance * noise) ** 2 + tie**2),
+        uniformity=MMAG * np.sqrt(np.maximum(np.array(wander) - chance**2, 0) + (share * noise) ** 2 + tie**2),
         map=(MMAG * maps[..., evidence.channels // 2]).astype(np.float32),
     )
+
+
+def _errors(mosaic: MosaicStars, seen: Matched, offset: Floats) -> tuple[Ints, Floats, Floats]:
+    """Which stars of the mosaic show well what was done to them, what that is ``(n, C)``, mag, and its error ``(n,)``.
+
+    It is what stacking did, and the mean offset of the lots there.
+    """
+    fine, error = _stacking(mosaic, seen)
+    error = error + average(seen.star, np.zeros_like(seen.star), offset[seen.lot], seen.weight)[2]
+    star, at = np.unique(seen.star, return_inverse=True)
+    return star[fine], error[fine], _stacking_sigma(at, seen.signal)[fine]
+
+
+def _stacking_sigma(star: Ints, signal: Floats) -> Floats:
+    """Error, mag, of what `_stacking` finds of each star; `star` and `signal` are of the detections.
+
+    Frame by frame and in the mosaic, apertures do not cut the same pixels: that is about a photon noise of the mean.
+    """
+    return np.hypot(1.0857 / np.sqrt(np.bincount(star, signal**2)), _STACKING)
 
 
 def _magnitude(flux: Floats) -> Floats:
@@ -135,7 +185,7 @@ def _lot_magnitudes(usable: Matched, lots: int) -> Offsets:
         sigma = np.c_[np.sqrt((sigma * share) ** 2 @ np.ones(len(share))), sigma]
     weight = 1 / (MMAG * sigma) ** 2
     star, lot, mean, total = average(usable.star, usable.lot, MMAG * magnitude, weight)
-    return lot_offsets(star, lot, mean, 1 / np.sqrt(total), lots, MMAG * _MOST)
+    return lot_offsets(star, lot, mean, 1 / np.sqrt(total), lots, MMAG * _MOST, _SYSTEMATIC)
 
 
 def _shrunk(offsets: Offsets) -> Floats:
@@ -178,7 +228,7 @@ def _half_differences(bright: Matched) -> Floats:
     star, _, flux, _ = average(star, rank % 2, bright.flux[order], bright.weight[order])
     pair = np.flatnonzero(np.diff(star) == 0)
     difference = _magnitude(flux[pair]) - _magnitude(flux[pair + 1])
-    return np.array([_robust_sigma(d) / 2 for d in difference.T])
+    return np.array([robust_sigma(d) / 2 for d in difference.T])
 
 
 def _stacking(mosaic: MosaicStars, seen: Matched) -> tuple[NDArray[np.bool_], Floats]:
@@ -198,21 +248,42 @@ def _lot_stacking(mosaic: MosaicStars, usable: Matched, lots: int) -> Offsets:
     fine, error = _stacking(mosaic, usable)
     share = shares(usable.star, usable.lot, usable.weight.mean(axis=1), lots)[fine]
     error = MMAG * error[fine]
-    return stacked_offsets(share, np.c_[error.mean(axis=1), error] if error.shape[1] > 1 else error)
+    sigma = _stacking_sigma(np.unique(usable.star, return_inverse=True)[1], usable.signal)[fine]
+    return stacked_offsets(share, np.c_[error.mean(axis=1), error] if error.shape[1] > 1 else error, sigma, _SYSTEMATIC)
 
 
-def _maps(shape: tuple[int, int], points: Floats, value: Floats) -> tuple[Floats, float]:
-    """Medians ``(GRID, GRID, C)`` of cells with `_CELL_STARS` stars, and how much of a star's noise is left in them."""
-    ny, nx = shape
-    cell = _grid_cell(points[:, 1], ny) * GRID + _grid_cell(points[:, 0], nx)
-    count = np.bincount(cell, minlength=GRID * GRID)
-    out = np.full((GRID * GRID, value.shape[1]), np.nan)
-    enough = np.flatnonzero(count >= _CELL_STARS)
-    for k in enough:
-        out[k] = np.median(value[cell == k], axis=0)
-    # A median scatters 1.25 times as much as a mean.
-    chance = 1.25 * float(np.sqrt((1 / count[enough]).mean())) if len(enough) else float("nan")
-    return out.reshape(GRID, GRID, -1), chance
+def _maps(shape: tuple[int, int], points: Floats, value: Floats, sigma: Floats, bright: float) -> tuple[Floats, Floats]:
+    """Weighted medians ``(GRID, GRID, C)`` of cells, and their scatter ``(C,)`` by chance.
+
+    A cell counts whose stars tell as much as `_CELL_STARS` bright ones, of the variance `bright`.
+    """
+    cell, weight = _cell(shape, points), 1 / sigma**2
+    maps = np.full((GRID * GRID, value.shape[1]), np.nan)
+    z = np.zeros_like(value)
+    for k in np.unique(cell):
+        own = np.flatnonzero(cell == k)
+        maps[k] = [_weighted_median(v, weight[own]) for v in value[own].T]
+        z[own] = (value[own] - maps[k]) / sigma[own, None]
+    total = np.bincount(cell, weight, GRID * GRID)
+    enough = (np.bincount(cell, minlength=GRID * GRID) >= _CELL_STARS) & (total * bright >= _CELL_STARS)
+    maps[~enough] = np.nan
+    chance = _MEDIAN * np.sqrt((1 / total[enough]).mean()) if enough.any() else 0.0
+    return maps.reshape(GRID, GRID, -1), chance * np.array([robust_sigma(v) for v in z.T])
+
+
+def _weighted_median(values: Floats, weight: Floats) -> float:
+    order = np.argsort(values)
+    half = np.cumsum(weight[order]) - weight[order] / 2
+    return float(np.interp(weight.sum() / 2, half, values[order]))
+
+
+def _cell_counts(shape: tuple[int, int], points: Floats) -> Ints:
+    return np.bincount(_cell(shape, points), minlength=GRID * GRID)
+
+
+def _cell(shape: tuple[int, int], points: Floats) -> Ints:
+    """Which cell of the map points ``(n, 2)`` x, y lie in."""
+    return _grid_cell(points[:, 1], shape[0]) * GRID + _grid_cell(points[:, 0], shape[1])
 
 
 def _grid_cell(position: Floats, size: int) -> Ints:
@@ -228,9 +299,4 @@ def _against_catalogue(evidence: Evidence, mosaic: MosaicStars) -> float:
     error = mosaic.stars.error[star, evidence.channels // 2]
     difference = _magnitude(flux) - evidence.catalogue.mag[reference]
     fine = mosaic.stars.clean[star] & (flux > _BRIGHT * error) & np.isfinite(difference)
-    return MMAG * _robust_sigma(difference[fine]) if fine.sum() >= _CELL_STARS else float("nan")
-
-
-def _robust_sigma(values: NDArray) -> float:
-    """Scaled median absolute deviation; NaN for nothing."""
-    return float(1.4826 * nan_median(np.abs(values - np.median(values)))) if len(values) else float("nan")
+    return MMAG * robust_sigma(difference[fine]) if fine.sum() >= _CELL_STARS else float("nan")

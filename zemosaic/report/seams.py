@@ -5,8 +5,13 @@ lines parallel to it, a little away, where nothing begins or ends:
 
     excess = D(0) - median(D(±2), D(±3)),   D(k) = sky(24 k + r) - sky(24 k - r),   r = 8 px and 16 px
 
-each the median along half a piece of border and over both r, inside minus outside. A seam runs through: what counts is
-the smaller excess of the two halves, and nothing if they contradict each other, as beside the wing of a star. The
+each the median along half a piece of border and over both r, inside minus outside. The rim of a nebula may be steeper
+there than all around; but a slope grows with the distance, and a step does not:
+
+    S(0) = 2 (sky(8) - sky(-8)) - (sky(16) - sky(-16)) .
+
+What counts is the smaller of both. And a seam runs through: of the two halves the smaller counts too, and nothing if
+they contradict each other, as beside the wing of a star. The
 same statistic about the lines k = ±2 instead of the border tells how large it gets by noise and nebula
 alone; its percentiles (their upper bounds, as few borders tell them only roughly) are taken off in quadrature.
 """
@@ -227,26 +232,27 @@ def border_steps(surface: Surface, borders: Borders) -> tuple[Floats, Floats]:
     """Excess step at every piece of border ``(m, C)`` and at its control lines ``(2 m, C)``, ADU, inside - outside."""
     parts = [borders.take(np.arange(i, min(i + _BATCH, len(borders)))) for i in range(0, len(borders), _BATCH)]
     none = np.zeros((0, len(_LINES), 2, surface.channels), np.float32)
-    step = np.concatenate([none, *(_line_steps(surface, part) for part in parts)])
+    measured = [_line_steps(surface, part) for part in parts]
+    step, sharp = (np.concatenate([none, *(m[k] for m in measured)]) for k in (0, 1))
     at = {int(k): i for i, k in enumerate(_LINES)}
 
     def excess(line: int, controls: tuple[int, ...]) -> Floats:
         around = nan_median(np.moveaxis(step[:, [at[k] for k in controls]], 1, -1), 0.4)
-        return _agreed(np.asarray(step[:, at[line]] - around, float))
+        beyond = _agreed(step[:, at[line]] - around, sharp[:, at[line]])
+        return _agreed(beyond[:, 0], beyond[:, 1])
 
     sides = [excess(2, (-3, -2, 4, 3)), excess(-2, (-4, -3, 2, 3))]
     return excess(0, _CONTROLS), np.concatenate(sides)
 
 
-def _agreed(halves: Floats) -> Floats:
-    """The smaller of two values ``(m, 2, C)`` if both have one sign, else 0; NaN if either is."""
-    first, second = halves[:, 0], halves[:, 1]
+def _agreed(first: NDArray, second: NDArray) -> Floats:
+    """The smaller of two values if both have one sign, else 0; NaN if either is."""
     size = np.minimum(np.abs(first), np.abs(second))
-    return np.where(first * second < 0, 0.0, np.sign(first) * size)
+    return np.asarray(np.where(first * second < 0, 0.0, np.sign(first) * size), float)
 
 
-def _line_steps(surface: Surface, borders: Borders) -> NDArray:
-    """D(k) of the module's formula for both halves of every piece, ``(m, lines, 2, C)``."""
+def _line_steps(surface: Surface, borders: Borders) -> tuple[NDArray, NDArray]:
+    """D(k) and S(k) of the module's formulae for both halves of every piece, ``(m, lines, 2, C)`` each."""
     along = (np.arange(_SAMPLES) + 0.5) / _SAMPLES - 0.5
     side = np.array([-1.0, 1.0])[:, None, None] * np.array(REACH)[None, None, :] + (_LINES * SPACING)[None, :, None]
     # (piece, side, line, reach, sample)
@@ -258,7 +264,8 @@ def _line_steps(surface: Surface, borders: Borders) -> NDArray:
     sky = surface.sky_at(x, y)
     apart = (sky[:, 1] - sky[:, 0]).reshape(len(borders), len(_LINES), len(REACH), 2, -1, surface.channels)
     both = apart.transpose(0, 1, 3, 5, 2, 4)  # (piece, line, half, channel, reach, sample)
-    return nan_median(both.reshape(*both.shape[:4], -1), 0.4)
+    near, far = (nan_median(both[..., k, :], 0.4) for k in (0, 1))
+    return nan_median(both.reshape(*both.shape[:4], -1), 0.4), 2 * near - far
 
 
 def block_steps(surface: Surface) -> Floats:

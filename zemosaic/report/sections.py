@@ -15,6 +15,7 @@ from zemosaic.events import render
 from zemosaic.report import figures
 from zemosaic.report.seams import Seam
 from zemosaic.report.story import Story
+from zemosaic.report.surface import robust_sigma
 from zemosaic.report.thresholds import GRADES, THRESHOLDS
 from zemosaic.report.verdict import Figure, Verdict
 from zemosaic.report.words import NO_BREAK, Words
@@ -200,12 +201,8 @@ def _grey(image: FloatImage) -> NDArray[np.uint8]:
     for _ in range(2):
         plane = np.linalg.lstsq(design, flat[there], rcond=None)[0]
         flat[there] -= design @ plane
-        limit = 3 * _spread(flat[there])
+        limit = 3 * robust_sigma(flat[there])
         flat[there] = np.clip(flat[there], -limit, limit)
     smooth = cv2.GaussianBlur(flat, (0, 0), _THUMBNAIL_BLUR)
-    span = _THUMBNAIL_SPAN * _spread(smooth[there])
+    span = _THUMBNAIL_SPAN * robust_sigma(smooth[there])
     return np.clip(128 + 127 * smooth / max(span, 1e-9), 0, 255).astype(np.uint8)
-
-
-def _spread(values: NDArray) -> float:
-    return 1.4826 * float(np.median(np.abs(values - np.median(values))))

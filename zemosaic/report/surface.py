@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from zemosaic.report.evidence import Evidence, Floats
-from zemosaic.stars import Aperture, Stars, colour_planes, detect, photometry, plane_noise
+from zemosaic.stars import Aperture, Detection, Plane, Stars, colour_planes, detect, photometry, plane_noise
 from zemosaic.tiles import FloatImage
 
 CELL = 8  # px, side of a cell
@@ -29,6 +29,8 @@ _MASK_SIGMA = 4.0
 _OPENING = 31  # 2x2 bins: wider light is sky
 _HALO = ((1, 2), (10, 3), (100, 5), (1000, 10))  # from what multiple of the threshold, how many bins around go
 _MAX_STARS = 6000  # brightest sources that are measured
+_COMPANY = 0.04  # 3.5 mag: a neighbour that has less of a star's light does not spoil its magnitude
+_CORE, _CORES = 1.8, 1200  # times the typical FWHM; stars
 _STEP = 4  # rows between those that the pixel noise is taken from
 
 
@@ -44,6 +46,8 @@ class Surface:
         ``(h, w, C)`` float32, mean of the source-free pixels of every cell, ADU; NaN where too few are left.
     free : ndarray
         ``(h, w)`` float32, share of a cell's pixels that have data and no source.
+    fine, fine_free : ndarray
+        ``(2 h, 2 w, C)`` and ``(2 h, 2 w)`` float32: the same of cells of half the side.
     valid : ndarray
         ``(h, w)`` float32, share of a cell's pixels that have data.
     coverage : ndarray or None
@@ -57,17 +61,22 @@ class Surface:
         noise; NaN = no data.
     luminance_noise : float
         Typical value of that unit, ADU.
+    planes : list of Plane
+        The 2x2 pixels of every channel, as frames are measured in.
     """
 
     shape: tuple[int, int]
     sky: FloatImage
     free: FloatImage
+    fine: FloatImage
+    fine_free: FloatImage
     valid: FloatImage
     coverage: FloatImage | None
     region: int
     noise: FloatImage
     luminance: FloatImage
     luminance_noise: float
+    planes: list[Plane]
 
     @property
     def channels(self) -> int:
@@ -90,14 +99,17 @@ class Surface:
         """``(..., C)`` sky interpolated between the middles of cells; NaN where there is hardly any."""
         return sample_cells(self.sky, self.free, x, y)
 
-    def regions(self, cells: FloatImage) -> FloatImage:
-        """Cells ``(h, w, ...)`` sorted by region: ``(ry, rx, cells of a region, ...)``, NaN where there are none."""
-        k = self.region // CELL
+    def regions(self, cells: FloatImage, side: tuple[int, int] = (CELL, CELL)) -> FloatImage:
+        """Cells ``(h, w, ...)`` sorted by region: ``(ry, rx, cells of a region, ...)``, NaN where there are none.
+
+        `side` is that of the cells along y and x, px.
+        """
+        ky, kx = (self.region // size for size in side)
         ry, rx = self.noise.shape[:2]
-        pad = [(0, ry * k - cells.shape[0]), (0, rx * k - cells.shape[1])] + [(0, 0)] * (cells.ndim - 2)
+        pad = [(0, ry * ky - cells.shape[0]), (0, rx * kx - cells.shape[1])] + [(0, 0)] * (cells.ndim - 2)
         full = np.pad(cells, pad, constant_values=np.nan)
-        boxes = full.reshape(ry, k, rx, k, *cells.shape[2:]).swapaxes(1, 2)
-        return boxes.reshape(ry, rx, k * k, *cells.shape[2:])
+        boxes = full.reshape(ry, ky, rx, kx, *cells.shape[2:]).swapaxes(1, 2)
+        return boxes.reshape(ry, rx, ky * kx, *cells.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,11 @@ class MosaicStars:
         ``(n,)`` pixels; 0 … 1; radians.
     typical_fwhm : float
         As a frame's; NaN without stars.
+    lonely : ndarray
+        ``(n,)`` bool: out to the ring that its sky is taken from there is no other star with `_COMPANY` of its light.
+    core : ndarray
+        ``(n, C)`` flux within `_CORE` times the typical width, as magnitudes are usually taken; NaN beyond the `_CORES`
+        brightest.
     """
 
     stars: Stars
@@ -119,6 +136,8 @@ class MosaicStars:
     ellipticity: Floats
     angle: Floats
     typical_fwhm: float
+    lonely: NDArray[np.bool_]
+    core: Floats
 
     @property
     def points(self) -> Floats:
@@ -129,16 +148,17 @@ class MosaicStars:
 def measure_surface(evidence: Evidence) -> Surface:
     """Mask the sources, average what is left in cells, and measure the noise of the pixels."""
     image = evidence.image
-    planes = [plane.data for plane in colour_planes(image, None)]
+    cells = colour_planes(image, None)
+    planes = [plane.data for plane in cells]
     grey = np.asarray(np.mean(planes, axis=0), np.float32)
     there = np.isfinite(grey)
     level, scatter = _background(grey)
     free = (there & ~_sources(grey, scatter)).astype(np.float32)
-    share = _cell_means(free)
     valid = _cell_means(there.astype(np.float32))
-    sky = np.stack([_cell_means(np.where(free > 0, p, np.float32(0))) for p in planes], axis=-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        sky = np.where(share[..., None] >= _MIN_SHARE, sky / share[..., None], np.float32(np.nan))
+    h, w = valid.shape
+    light = [_cell_means(np.where(free > 0, p, np.float32(0)), _HALVES // 2)[: 2 * h, : 2 * w] for p in planes]
+    fine, fine_free = _means(np.stack(light, axis=-1), _cell_means(free, _HALVES // 2)[: 2 * h, : 2 * w])
+    sky, share = _means(np.stack([_cell_means(p, 2) for p in light], axis=-1), _cell_means(fine_free, 2))
     coverage = None
     if evidence.coverage is not None:
         ny, nx = (size // 2 * 2 for size in evidence.shape)
@@ -149,37 +169,56 @@ def measure_surface(evidence: Evidence) -> Surface:
     noise = np.stack([_noise_map(c, region) for c in np.moveaxis(np.atleast_3d(image), 2, 0)], axis=-1)
     unit = float(np.median(scatter[there][::97])) if there.any() else math.nan
     luminance = (grey - level) / scatter
-    return Surface(evidence.shape, sky, share, valid, coverage, region, noise, luminance, unit)
+    return Surface(evidence.shape, sky, share, fine, fine_free, valid, coverage, region, noise, luminance, unit, cells)
 
 
-def measure_stars(image: FloatImage) -> MosaicStars:
+def measure_stars(image: FloatImage, radius: float = math.nan, planes: list[Plane] | None = None) -> MosaicStars:
     """Find and measure the stars of a mosaic.
 
     Parameters
     ----------
     image : ndarray
         ``(H, W)`` or ``(H, W, 3)`` float32; NaN = no data.
+    radius : float
+        Of the aperture, px: that of the frames, lest the wings of the stars look like an error of their fluxes. NaN
+        leaves it to the width of the stars.
+    planes : list of Plane, optional
+        `Surface.planes`, if they are there already.
     """
-    planes = colour_planes(image, None)
+    planes = planes or colour_planes(image, None)
     luminance = np.asarray(np.mean([p.data for p in planes], axis=0), np.float32)
     found = detect(luminance, limit=_MAX_STARS)
     width = 2 * found.typical_fwhm()
-    # The same rule as for the frames (`measure.choose_aperture`), so that fluxes can be compared.
-    radius = max(5.0, 2.3 * width) if np.isfinite(width) else Aperture().radius
+    if not np.isfinite(radius):
+        # The rule of `measure.choose_aperture`.
+        radius = max(5.0, 2.3 * width) if np.isfinite(width) else Aperture().radius
     noise = np.array([plane_noise(p.data) for p in planes])
-    stars = photometry(
-        planes,
-        found,
-        saturation=math.inf,
-        peak=luminance,
-        noise=noise,
-        aperture=Aperture(radius, 1.4 * radius, 2.0 * radius),
-    )
+
+    def measured(which: Detection, inner: float) -> Stars:
+        aperture = Aperture(inner, 1.4 * radius, 2.0 * radius)
+        return photometry(planes, which, saturation=math.inf, peak=luminance, noise=noise, aperture=aperture)
+
+    stars = measured(found, radius)
     if not len(stars):
-        return MosaicStars(stars, np.zeros(0), np.zeros(0), np.zeros(0), width)
+        none = np.zeros(0)
+        return MosaicStars(stars, none, none, none, width, np.zeros(0, bool), np.zeros_like(stars.flux))
     # `photometry` leaves out stars too near to the edge; the shapes are picked up by position.
     row = cKDTree(np.c_[found.x, found.y]).query(np.c_[stars.x - 0.5, stars.y - 0.5] / 2)[1]
-    return MosaicStars(stars, 2 * found.fwhm[row], found.ellipticity[row], found.angle[row], width)
+    lonely = _lonely(stars, 2 * radius)
+    core = np.full_like(stars.flux, np.nan)
+    few = measured(Detection(*(values[:_CORES] for values in vars(found).values())), min(_CORE * width, radius))
+    core[: len(few)] = few.flux
+    return MosaicStars(stars, 2 * found.fwhm[row], found.ellipticity[row], found.angle[row], width, lonely, core)
+
+
+def _lonely(stars: Stars, reach: float) -> NDArray[np.bool_]:
+    """Whether no star within `reach` px is brighter than `_COMPANY` of each."""
+    light = np.maximum(stars.flux.sum(axis=1), 1e-9)
+    pairs = cKDTree(np.c_[stars.x, stars.y]).query_pairs(reach, output_type="ndarray")
+    lonely = np.ones(len(stars), bool)
+    for a, b in (pairs.T, pairs.T[::-1]):
+        lonely[a[light[b] > _COMPANY * light[a]]] = False
+    return lonely
 
 
 def sample_cells(values: FloatImage, weight: FloatImage, x: Floats, y: Floats) -> FloatImage:
@@ -256,12 +295,18 @@ def _sources(grey: FloatImage, scatter: FloatImage) -> NDArray[np.bool_]:
     return mask
 
 
-def _cell_means(bins: FloatImage) -> FloatImage:
-    """Means of `_HALVES` x `_HALVES` bins; what is left over at the far edges is dropped."""
-    h, w = (size // _HALVES for size in bins.shape)
+def _means(light: FloatImage, share: FloatImage) -> tuple[FloatImage, FloatImage]:
+    """Light ``(h, w, C)`` of cells over the share ``(h, w)`` of them that is free, NaN where that is too little."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(share[..., None] >= _MIN_SHARE, light / share[..., None], np.float32(np.nan)), share
+
+
+def _cell_means(bins: FloatImage, side: int = _HALVES) -> FloatImage:
+    """Means of `side` x `side` bins; what is left over at the far edges is dropped."""
+    h, w = (size // side for size in bins.shape)
     if not h or not w:
         return np.zeros((h, w), np.float32)
-    cut = np.ascontiguousarray(bins[: h * _HALVES, : w * _HALVES], np.float32)
+    cut = np.ascontiguousarray(bins[: h * side, : w * side], np.float32)
     return np.asarray(cv2.resize(cut, (w, h), interpolation=cv2.INTER_AREA), np.float32)
 
 
@@ -286,3 +331,8 @@ def nan_median(values: NDArray, least: float = 0.0) -> NDArray:
     low, high = np.maximum(count - 1, 0) // 2, np.minimum(count // 2, ordered.shape[-1] - 1)
     middle = [np.take_along_axis(ordered, k[..., None], axis=-1)[..., 0] for k in (low, high)]
     return np.where(count > least * ordered.shape[-1], (middle[0] + middle[1]) / 2, np.nan)
+
+
+def robust_sigma(values: NDArray) -> float:
+    """Scaled median absolute deviation of values ``(n,)``; NaN for none."""
+    return float(1.4826 * np.median(np.abs(values - np.median(values)))) if len(values) else math.nan

@@ -19,7 +19,7 @@ from zemosaic.report.lots import Offsets, sure
 from zemosaic.report.measures import Measures, measure
 from zemosaic.report.photometry import GRID
 from zemosaic.report.surface import Surface, nan_median
-from zemosaic.report.thresholds import GRADES, THRESHOLDS, Grade
+from zemosaic.report.thresholds import GRADES, THRESHOLDS, Grade, Threshold
 from zemosaic.tiles import FloatImage
 
 SCHEMA = "zemosaic.verdict/1"
@@ -120,7 +120,9 @@ def judge(evidence: Evidence) -> Verdict:
     """
     surface, found = measure(evidence)
     noise = surface.typical_noise
-    figures = tuple(_figure(key, value) for key, value in _values(found, surface).items())
+    # Where borders are known, steps across them tell seams from steep nebulae; those between blocks cannot.
+    noted = {"block_step_p99"} if found.seams.pieces else set()
+    figures = tuple(_figure(key, value, graded=key not in noted) for key, value in _values(found, surface).items())
     lots = lot_lines(evidence, found)
     return Verdict(
         grade=max((figure.grade for figure in figures), key=GRADES.index),
@@ -173,9 +175,11 @@ def _values(found: Measures, surface: Surface) -> dict[str, Floats | float]:
     }
 
 
-def _figure(key: str, value: Floats | float) -> Figure:
-    """A figure of one number, or of one per colour."""
+def _figure(key: str, value: Floats | float, graded: bool = True) -> Figure:
+    """A figure of one number, or of one per colour; not graded, it is only told."""
     limit = THRESHOLDS[key]
+    if not graded:
+        limit = Threshold(limit.group, limit.unit)
     colours = tuple(float(v) for v in value) if isinstance(value, np.ndarray) and value.ndim else ()
     known = [v for v in colours or (float(value),) if math.isfinite(v)]
     number = max(known) if known else math.nan
