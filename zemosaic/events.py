@@ -181,11 +181,20 @@ def render(key: str, values: Mapping[str, Any], language: str = "en") -> str:
     strict = bool(os.environ.get("ZEMOSAIC_STRICT_MESSAGES"))
     for code in dict.fromkeys((language, "en")):
         try:
-            return messages(code)[key].format_map(values)
+            return messages(code)[key].format_map(_translated(values, code))
         except (LookupError, ValueError, TypeError, AttributeError):
             if strict:
                 raise
     return " ".join([key, *(f"{name}={value}" for name, value in values.items())])
+
+
+def _translated(values: Mapping[str, Any], language: str) -> Mapping[str, Any]:
+    """The values of a message, a reason of the ledger among them in its language."""
+    if language == "en" or not isinstance(values.get("reason"), str):
+        return values
+    from zemosaic.reasons import translated  # which needs this module
+
+    return {**values, "reason": translated(values["reason"], language)}
 
 
 @functools.cache

@@ -156,7 +156,7 @@ class Mosaic:
         return ny, nx
 
     def crop(self, window: Window) -> Mosaic:
-        """The part inside `window` (pixels of this mosaic), with the WCS moved along exactly; the pixels are not copied."""
+        """The part inside `window`, pixels of this mosaic, as a view; the WCS is moved along exactly."""
         box = window.intersect(Window.of_shape(self.shape))
         if not box.area:
             raise ValueError(f"crop window {window} leaves nothing of a mosaic of {self.shape}")

@@ -22,6 +22,7 @@ from zemosaic.events import render
 from zemosaic.files import write_whole
 from zemosaic.ledger import Ledger, TileRecord
 from zemosaic.product import ProductFacts, ProductPaths
+from zemosaic.reasons import translated
 from zemosaic.report import figures
 from zemosaic.report.chronicle import Chronicle
 from zemosaic.report.evidence import Evidence
@@ -348,7 +349,7 @@ def _ledger(story: Story, say: Words) -> dict[str, Any]:
     counts, files = story.ledger.counts(), len(story.ledger)
     words = {status: say(f"status_{status}") for status in counts}
     columns = [{"key": key, "title": say(f"col_{key}"), "text": key in _TEXT_COLUMNS} for key in _COLUMNS]
-    rows = [[_cell(key, row[key]) for key in _COLUMNS] for row in story.ledger.rows()]
+    rows = [[_cell(key, row[key], story.language) for key in _COLUMNS] for row in story.ledger.rows()]
     return {
         "ledger": {
             "columns": columns,
@@ -362,10 +363,12 @@ def _ledger(story: Story, say: Words) -> dict[str, Any]:
     }
 
 
-def _cell(key: str, value: Any) -> Any:
+def _cell(key: str, value: Any, language: str) -> Any:
     """As the page shows it: lots from 1, shares in percent, four digits, null for what is unknown."""
     if isinstance(value, list):
-        return [_cell(key, each) for each in value]
+        return [_cell(key, each, language) for each in value]
+    if key in ("reason", "remark"):
+        return translated(value, language)
     if key in ("lot", "stars") and value == -1:
         return None
     if key == "lot":
