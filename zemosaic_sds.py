@@ -558,8 +558,8 @@ def stack_megatiles(
             block, result, depth = made
             image[block.slices] = result
             coverage[block.slices] = depth
-        if done % 64 == 0 or done == len(blocks):
-            store.release()
+        if done % 16 == 0 or done == len(blocks):
+            store.release()  # often: the system maps a wide neighbourhood of what is looked at
             events.progress("sds_stack", done, len(blocks))
     events.info("global_coadd_done", tiles=len(tiles), seconds=time.perf_counter() - start)
     return Mosaic(image if channels == 3 else image[..., 0], coverage, alpha_of(coverage), canvas.wcs.deepcopy())

@@ -84,11 +84,13 @@ class Desk:
         old.close()
         yield
         self.use_language(language)
+        yield
         self.window = self._open()
         yield
         self.window.show()
         yield
         self.window.panel.set_values(settings)
+        yield
         self.window.form.set_name(name)
         if output:
             self.window.form.set_output(Path(output))
