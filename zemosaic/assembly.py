@@ -27,7 +27,8 @@ from zemosaic.warp import Crop, warp_block
 Method = Literal["reproject_coadd", "incremental"]
 Positions = tuple[NDArray[np.float64], NDArray[np.float64]]
 
-_BLOCK = 512  # side of the blocks a tile is resampled in
+_BLOCK = 1024  # side of the blocks a tile is resampled in
+_RIM_BLOCK = 256  # the same for its shallow parts, most of which are narrow
 _SPLINE_REACH = 12  # px over which a cubic spline forgets its border
 _DEEP = 3  # frames from which a stack knows its outliers
 _AGREE = Clip("kappa_sigma", 4.0, 4.0)  # when a shallow sample agrees with the deeper tiles
@@ -107,7 +108,7 @@ def assemble(
             np.copyto(image, 0, where=weight == 0)
             return block, image, weight
 
-        for made in thread_map(work, sub.window.blocks(_BLOCK), workers):
+        for made in thread_map(work, sub.window.blocks(_BLOCK if settled is None else _RIM_BLOCK), workers):
             if made is not None:
                 block, image, weight = made
                 ys, xs = block.slices
@@ -180,9 +181,10 @@ def _reprojected(
     holes: NDArray[np.bool_] = np.isnan(image.sum(axis=2))
     if holes.all():
         return None
-    filled = np.where(holes[..., None], np.nanmedian(image, axis=(0, 1)).astype(np.float32), image)
-    there = np.where(holes, np.float32(0), np.float32(1))
-    planes = np.concatenate([np.moveaxis(filled, 2, 0), there[None]])
+    planes = np.moveaxis(image, 2, 0)
+    if holes.any():
+        filled = np.where(holes, np.nanmedian(image, axis=(0, 1)).astype(np.float32)[:, None, None], planes)
+        planes = np.concatenate([filled, np.where(holes, np.float32(0), np.float32(1))[None]])
     assert sub.frame.wcs is not None
     made = reproject_interp(
         (planes, sub.frame.wcs[near]),
@@ -192,9 +194,10 @@ def _reprojected(
         roundtrip_coords=False,
         return_footprint=False,
     )
-    # A spline of ones is one, except where it feels a hole: there the data are not complete.
-    complete = np.abs(made[-1] - 1) < 1e-3
-    return np.where(complete, made[:-1], np.nan).astype(np.float32)
+    if holes.any():
+        # A spline of ones is one, except where it feels a hole: there the data are not complete.
+        made = np.where(np.abs(made[-1] - 1) < 1e-3, made[:-1], np.nan)
+    return np.asarray(made, np.float32)
 
 
 def _weight(coverage: FloatImage, positions: Positions) -> FloatImage:
