@@ -123,7 +123,18 @@ def split(truth: FieldTruth, folder: Path) -> None:
         assert frame.bayer is not None and frame.wcs is not None
         colour = debayer(prepare(frame, Calibration())[0], frame.bayer)
         for c, name in enumerate(COLOURS):
-            fits.writeto(folder / f"{number:04d}_{name}.fits", colour[..., c], frame.wcs.to_header())
+            fits.writeto(folder / f"{number:04d}_{name}.fits", colour[..., c], _with_cd(frame.wcs))
+
+
+def _with_cd(wcs: WCS) -> fits.Header:
+    """The header of a WCS with a CD matrix: Montage takes scale and rotation from nothing else."""
+    header = wcs.to_header()
+    for i in (1, 2):
+        for key in (f"CDELT{i}", f"PC{i}_1", f"PC{i}_2"):
+            header.remove(key, ignore_missing=True)
+        for j in (1, 2):
+            header[f"CD{i}_{j}"] = float(wcs.pixel_scale_matrix[i - 1, j - 1])
+    return header
 
 
 def run_sds(folder: Path, out: Path) -> Cost:
