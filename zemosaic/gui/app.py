@@ -14,6 +14,7 @@ from PySide6.QtWidgets import QApplication
 
 from zemosaic.gui.i18n import words
 from zemosaic.gui.main_window import MainWindow
+from zemosaic.gui.settings_panel import SettingsPanel
 from zemosaic.gui.slices import Slices
 from zemosaic.gui.theme import Skin
 
@@ -56,8 +57,8 @@ class Desk:
         """Look like this from here on."""
         self.skin.wear(theme)
 
-    def _open(self) -> MainWindow:
-        window = MainWindow(self.memory, self.folder)
+    def _open(self, panel: SettingsPanel | None = None) -> MainWindow:
+        window = MainWindow(self.memory, self.folder, panel)
         window.theme_chosen.connect(self.use_theme)
         window.language_chosen.connect(self.change_language)
         return window
@@ -85,7 +86,9 @@ class Desk:
         yield
         self.use_language(language)
         yield
-        self.window = self._open()
+        panel = SettingsPanel()  # apart, because it takes a good part of the time
+        yield
+        self.window = self._open(panel)
         yield
         self.window.show()
         yield

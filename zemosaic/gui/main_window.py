@@ -51,19 +51,21 @@ class MainWindow(QMainWindow):
         Geometry, last folders, timings.
     folder : Path
         Where presets live.
+    panel : SettingsPanel, optional
+        The settings, if they were made before.
     """
 
     theme_chosen = Signal(str)
     language_chosen = Signal(str)
 
-    def __init__(self, memory: QSettings, folder: Path) -> None:
+    def __init__(self, memory: QSettings, folder: Path, panel: SettingsPanel | None = None) -> None:
         super().__init__()
         self._memory = memory
         self.presets = Presets(folder / "presets")
         self.store = FrameStore(self)
         self.scanner = Scanner(self.store, self)
         self.engine = Engine(self)
-        self.panel = SettingsPanel()
+        self.panel = panel or SettingsPanel()
         self.form = RunForm(self.panel)
         self.view = RunView(self.panel)
         self.filter: FilterWindow | None = None
