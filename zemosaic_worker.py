@@ -32,7 +32,7 @@ from zemosaic.cluster import cluster_frames
 from zemosaic.coadd import Sub
 from zemosaic.events import Cancelled, Event, Events, render
 from zemosaic.execute import one_thread_each, worker_count
-from zemosaic.frames import FrameError
+from zemosaic.frames import Frame, FrameError
 from zemosaic.intake import Intake
 from zemosaic.job import Job, Outcome, RouteResult
 from zemosaic.ledger import Ledger, LedgerError, TileRecord
@@ -279,9 +279,9 @@ def prepare_job(
     intake = steps.scan(inputs, workers, events, tiles=settings.use_existing_master_tiles)
     intake.results = Results.of_run(cache, intake.stamps, calibration, intake.frames)
     intake.carried = carry.recall(intake.results, intake.frames, settings, preplan_path_groups)
-    steps.foresee(intake, settings, events, budget, output_folder)
-    if lots_ahead:
-        foresee_tiles(intake, settings, budget, output_folder, preplan_path_groups)
+    placed = steps.foresee(intake, settings, events, budget, output_folder)
+    if lots_ahead and placed:
+        foresee_tiles(placed, settings, budget, output_folder, preplan_path_groups)
     events.phase(2, "measure")
     steps.measure_all(intake, calibration, settings, workers, events)
     events.phase(3, "solve")
@@ -311,7 +311,7 @@ def prepare_job(
 
 
 def foresee_tiles(
-    intake: Intake,
+    placed: Sequence[Frame],
     settings: Settings,
     budget: int,
     output_folder: Path,
@@ -326,9 +326,6 @@ def foresee_tiles(
     """
     from zemosaic.room import Room, check_tile_room  # not at the top: it needs the SDS route
 
-    placed = steps.placed_frames(intake)
-    if not placed or settings.force_resolve_existing_wcs:
-        return
     room = Room(
         resident_bytes(settings, budget),
         scratch_folder(settings.coadd_memmap_dir, output_folder),

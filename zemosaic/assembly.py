@@ -115,13 +115,11 @@ def assemble(
                 total[:, ys, xs] += weight * image
                 coverage[ys, xs] += weight
 
-    for index, sub in enumerate(tiles):
-        progress(index, 2 * len(tiles))
-        add(sub, read(sub.frame), None)
-    settled = coverage > 0
-    for index, sub in enumerate(tiles, start=len(tiles)):
-        progress(index, 2 * len(tiles))
-        add(sub, read(sub.frame), settled)
+    for rims in (False, True):
+        settled = coverage > 0 if rims else None
+        for index, sub in enumerate(tiles, start=rims * len(tiles)):
+            progress(index, 2 * len(tiles))
+            add(sub, read(sub.frame), settled)
     progress(2 * len(tiles), 2 * len(tiles))
     with np.errstate(invalid="ignore", divide="ignore"):
         total /= coverage

@@ -348,8 +348,13 @@ def _no_place(place: Place) -> str:
     return f"it was not found on the sky: {place.reason}"
 
 
-def foresee(intake: Intake, settings: Settings, events: Events, budget: int, output_folder: Path) -> None:
+def foresee(intake: Intake, settings: Settings, events: Events, budget: int, output_folder: Path) -> list[Frame]:
     """Refuse frames and a canvas that are too large before any pixel is read, as far as headers can tell.
+
+    Returns
+    -------
+    list of Frame
+        Those that a WCS places in the field already; none if all are to be solved anew.
 
     Raises
     ------
@@ -357,10 +362,11 @@ def foresee(intake: Intake, settings: Settings, events: Events, budget: int, out
         If it would not fit into memory or on the disk.
     """
     intake.drop(misfits.of_impossible_size(intake.frames, budget), events)
-    placed = placed_frames(intake)
-    if placed and not settings.force_resolve_existing_wcs:
+    placed = [] if settings.force_resolve_existing_wcs else placed_frames(intake)
+    if placed:
         channels = 1 if all(frame.colour == "mono" for frame in placed) else 3
         check_room(plan_canvas(placed, settings), channels, budget, output_folder, events)
+    return placed
 
 
 def placed_frames(intake: Intake) -> list[Frame]:

@@ -36,12 +36,12 @@ from zemosaic.files import force, part_of
 from zemosaic.ledger import FrameRecord, Ledger, TileRecord, tile_table
 from zemosaic.preview import PreviewSettings, encode_png, preview_rgba
 from zemosaic.tiles import Mosaic
+from zemosaic.workplace import PRODUCT_ENDINGS, REPORT_ENDINGS
 
 BLOCK = 2880  # bytes; every part of a FITS file is padded to a multiple
 STRIP_BYTES = 8 << 20
 CARD_TEXT = 68  # characters that fit between the quotes of one card
 NAME_LENGTH = 80  # characters of a file name that come from the object
-_REPORT_ENDINGS = ("_report.html", "_report.json")  # of what may later be written beside a product
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 MAX_SAMPLES = 1_000_000  # pixels that the median coverage is taken of
@@ -216,8 +216,8 @@ def _reserve(folder: Path, stem: str) -> ProductPaths:
     """Claim the first free name: create its ``.fits.part``, which only one process can."""
     for number in itertools.count(1):
         base = stem if number == 1 else f"{stem}_{number}"
-        paths = ProductPaths(*(folder / f"{base}{end}" for end in (".fits", ".png", ".toml", "_frames.csv")))
-        reports = [folder / f"{base}{end}" for end in _REPORT_ENDINGS]
+        paths = ProductPaths(*(folder / f"{base}{end}" for end in PRODUCT_ENDINGS))
+        reports = [folder / f"{base}{end}" for end in REPORT_ENDINGS]
         try:
             part_of(paths.fits).touch(exist_ok=False)
         except FileExistsError:

@@ -24,10 +24,12 @@ HIDDEN = ".zemosaic"
 UNFINISHED = ".unfinished"
 #: What the names of a product's files end in, that of the FITS file first.
 PRODUCT_ENDINGS = (".fits", ".png", ".toml", "_frames.csv")
+#: The same of what may later be written beside a product.
+REPORT_ENDINGS = ("_report.html", "_report.json")
 
 _PRODUCT = r"(.+_(?:sds|mosaic-first|master-tiles)(?:_\d+)?)"
 _CLAIM = re.compile(_PRODUCT + r"\.fits\.part")
-_REPORT = re.compile(_PRODUCT + r"_report\.(?:html|json)\.part")
+_REPORT = re.compile(_PRODUCT + f"(?:{'|'.join(map(re.escape, REPORT_ENDINGS))})" + r"\.part")
 _TILE = re.compile(r"master_tile_\d+\.fits(\.part)?")
 
 

@@ -10,6 +10,7 @@ from scipy.spatial import cKDTree
 from zemosaic.canvas import pixel_scale
 from zemosaic.report.evidence import Evidence, Floats, Ints
 from zemosaic.report.lots import (
+    BRIGHT,
     Matched,
     Offsets,
     average,
@@ -24,7 +25,6 @@ from zemosaic.report.lots import (
 from zemosaic.report.surface import MosaicStars, robust_sigma
 
 _SIGNAL = 20.0  # from which a centroid is good to some hundredths of a pixel
-_BRIGHT = 45.0  # as in photometry
 _KING = 1.2  # a centroid against the limit that photons alone set
 _DRAWS = 32  # of chance, for the percentiles of the positions' errors
 _RADIUS = 5.0  # px, in which a star of a catalogue is looked for
@@ -94,7 +94,7 @@ def measure_astrometry(evidence: Evidence, mosaic: MosaicStars, matched: Matched
         shift = np.nan_to_num(between.value)
         level = replace(good, x=good.x - shift[good.lot, 0], y=good.y - shift[good.lot, 1])
         vectors[:, 2:] = _frame_medians(good.frame, _residuals(level), len(frames)) + shift[frames.lot]
-        bright = plain(alone, _BRIGHT)
+        bright = plain(alone, BRIGHT)
         stars = len(np.unique(bright.star))
         own = vectors[:, 2:] - shift[frames.lot]
         sure_shift = np.where(sure(offsets) > 0, np.nan_to_num(offsets.value), 0.0)

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 from scipy.spatial import cKDTree
+from scipy.special import ndtr, stdtrit  # scipy.stats, which has them too, takes half a second to load
 
 from zemosaic.levels import solve_common
 from zemosaic.report.evidence import Evidence, Floats, Ints
 from zemosaic.report.surface import MosaicStars, robust_sigma
 
 _RADIUS = 3.0  # px between where a frame and the mosaic see a star; the run itself matches within as much
+#: Signal to noise in one frame, all channels together, from which a star tells millimagnitudes and its place.
+BRIGHT = 45.0
+
 _SURE = 4.0  # standard deviations from which an offset of a lot is more than chance
 _LEAST = 5  # shared stars or nodes from which a lot's offset means anything
 _SHARE = 0.1  # of what a star or node shows, from which on it tells of a lot
@@ -250,8 +253,7 @@ def _honest(values: Floats, own: Floats, freedom: float) -> float:
     spread = robust_sigma(values)
     if len(own) >= _MANY:
         spread = max(spread, robust_sigma(own))
-    rare = float(stats.norm.sf(_SURE))
-    return spread * float(stats.t.isf(rare, max(_EFFICIENCY * freedom, 1.0))) / _SURE
+    return spread * -float(stdtrit(max(_EFFICIENCY * freedom, 1.0), ndtr(-_SURE))) / _SURE
 
 
 def _standard_errors(normal: Floats, enough: NDArray[np.bool_], scale: float = np.inf) -> Floats:

@@ -33,6 +33,7 @@ from zemosaic.report.thresholds import GRADES
 from zemosaic.report.verdict import Verdict, judge
 from zemosaic.report.words import NO_BREAK, Words, duration, resource, texts
 from zemosaic.settings import Settings, settings_toml
+from zemosaic.workplace import REPORT_ENDINGS
 
 PICTURE_BYTES = 1_500_000  # of the embedded JPEG, before base64
 _PICTURE_SIDES = (2600, 2000, 1500, 1100)  # px, tried in this order
@@ -49,7 +50,7 @@ class ReportPaths:
 
 def report_paths(product: Path) -> ReportPaths:
     """Where the report of a product goes: beside it, with its stem."""
-    return ReportPaths(*(product.with_name(f"{product.stem}_report{end}") for end in (".html", ".json")))
+    return ReportPaths(*(product.with_name(product.stem + end) for end in REPORT_ENDINGS))
 
 
 def report_mosaic(

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from zemosaic.report.astrometry import match_catalogue
 from zemosaic.report.evidence import Evidence, Floats, Ints
 from zemosaic.report.lots import (
+    BRIGHT,
     Matched,
     Offsets,
     average,
@@ -37,7 +38,6 @@ from zemosaic.tiles import FloatImage
 
 GRID = 6  # cells of the zero-point map along each side, as in the project's scorer
 MMAG = 1000.0
-_BRIGHT = 45.0  # signal to noise in one frame, all channels together, from which a star tells millimagnitudes
 _FAINT = 12.0  # signal to noise that still helps to tie lots together
 _DIM = 30.0  # ... where there are too few of them
 _WANTED = 30  # stars that repeatability is measured with, if there are as many
@@ -202,7 +202,7 @@ def _bright(usable: Matched) -> Matched:
     signal = np.bincount(at, usable.signal) / np.maximum(count, 1)
     several = count >= 2
     ranked = np.sort(signal[several])[::-1]
-    limit = float(np.clip(ranked[min(_WANTED, len(ranked)) - 1], _DIM, _BRIGHT)) if len(ranked) else _BRIGHT
+    limit = float(np.clip(ranked[min(_WANTED, len(ranked)) - 1], _DIM, BRIGHT)) if len(ranked) else BRIGHT
     return usable.take(np.flatnonzero((several & (signal >= limit))[at]))
 
 
@@ -298,5 +298,5 @@ def _against_catalogue(evidence: Evidence, mosaic: MosaicStars) -> float:
     flux = mosaic.stars.flux[star, evidence.channels // 2]
     error = mosaic.stars.error[star, evidence.channels // 2]
     difference = _magnitude(flux) - evidence.catalogue.mag[reference]
-    fine = mosaic.stars.clean[star] & (flux > _BRIGHT * error) & np.isfinite(difference)
+    fine = mosaic.stars.clean[star] & (flux > BRIGHT * error) & np.isfinite(difference)
     return MMAG * robust_sigma(difference[fine]) if fine.sum() >= _CELL_STARS else float("nan")
