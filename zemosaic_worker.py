@@ -456,6 +456,7 @@ def _master_tiles(job: Job) -> RouteResult:
         job.canvas,
         photometry.sky,
         settings.final_assembly_method,
+        job.store,
         workers=job.workers,
         progress=partial(events.progress, "phase5_incremental"),
         check_stop=events.check_stop,

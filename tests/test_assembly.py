@@ -22,6 +22,7 @@ from zemosaic.events import Cancelled
 from zemosaic.frames import Frame, FrameError, read_frame
 from zemosaic.levels import Adjustment
 from zemosaic.mastertile import TilePixels, read_master_tile, save_master_tile
+from zemosaic.store import ArrayStore
 from zemosaic.tiles import FloatImage, Mosaic, Window, alpha_of
 from zemosaic.warp import pixel_map
 
@@ -95,9 +96,16 @@ def seen(
 def rebuilt(tiles: Sequence[Piece], method: Method, **options: object) -> Mosaic:
     channels = 3 if tiles and tiles[0][1].image.ndim == 3 else 1
     pixels = {id(sub.frame): tile for sub, tile in tiles}
-    return assemble(
-        [sub for sub, _ in tiles], lambda frame: pixels[id(frame)], CANVAS, LEVEL[:channels], method, **options
-    )
+    with ArrayStore(1 << 30) as store:
+        return assemble(
+            [sub for sub, _ in tiles],
+            lambda frame: pixels[id(frame)],
+            CANVAS,
+            LEVEL[:channels],
+            method,
+            store,
+            **options,
+        )
 
 
 def rows(channels: int = 1) -> list[Piece]:

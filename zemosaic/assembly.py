@@ -7,7 +7,9 @@ only if it agrees with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import cv2
@@ -21,15 +23,17 @@ from zemosaic.combine import Clip, combine
 from zemosaic.execute import thread_map
 from zemosaic.frames import Frame
 from zemosaic.mastertile import TilePixels
-from zemosaic.tiles import FloatImage, Mosaic, Window, alpha_of
+from zemosaic.store import ArrayStore
+from zemosaic.tiles import FloatImage, Mosaic, Window, alpha_of, has_data
 from zemosaic.warp import Crop, warp_block
 
 Method = Literal["reproject_coadd", "incremental"]
 Positions = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 _BLOCK = 1024  # side of the blocks a tile is resampled in
-_RIM_BLOCK = 256  # the same for its shallow parts, most of which are narrow
+_RIM_BLOCK = 256  # side of the pieces that its shallow parts are kept in
 _SPLINE_REACH = 12  # px over which a cubic spline forgets its border
+_SPARSE = 16  # of so many pixels one is enough for a median
 _DEEP = 3  # frames from which a stack knows its outliers
 _AGREE = Clip("kappa_sigma", 4.0, 4.0)  # when a shallow sample agrees with the deeper tiles
 
@@ -40,6 +44,7 @@ def assemble(
     canvas: Canvas,
     sky: NDArray[np.float64],
     method: Method,
+    store: ArrayStore,
     *,
     workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -52,7 +57,7 @@ def assemble(
     tiles : sequence of Sub
         Each tile's place, photometric adjustment and noise.
     read : callable
-        Gives the pixels of a tile; called up to twice for each, one after the other.
+        Gives the pixels of a tile; called once for each, one after the other.
     canvas : Canvas
         Global pixel grid.
     sky : ndarray
@@ -60,6 +65,8 @@ def assemble(
     method : {"reproject_coadd", "incremental"}
         Resample through the reproject library (exact WCS at every pixel, bicubic) or with the project's own warp
         (sparse exact map, Lanczos-3).
+    store : ArrayStore
+        Where the shallow parts of all tiles wait for the deep ones, in a scratch file.
     workers : int
         Threads.
     progress : callable
@@ -72,60 +79,97 @@ def assemble(
     Mosaic
         Coverage counts frames, summed over what was added of the tiles.
     """
-    channels = len(sky)
     sky32 = sky.astype(np.float32)
-    # Differences to the sky are summed: small numbers, of which float32 loses nothing.
-    total = np.zeros((channels, *canvas.shape), np.float32)
-    coverage = np.zeros(canvas.shape, np.float32)
+    made = _Sum(np.zeros((len(sky), *canvas.shape), np.float32), np.zeros(canvas.shape, np.float32))
     resample = _reprojected if method == "reproject_coadd" else _warped
+    rims: list[tuple[NDArray[np.float64], list[Window]]] = []
 
-    def add(sub: Sub, pixels: TilePixels, settled: NDArray[np.bool_] | None) -> None:
-        depth = _typical(pixels.coverage)
-        part = np.where((pixels.coverage >= _DEEP) == (settled is None), pixels.coverage, np.float32(0))
+    def sampled(block: Window, sub: Sub, pixels: TilePixels) -> tuple[Window, FloatImage] | None:
+        check_stop()
+        positions = sub.pixel_map.block(block)
+        weight = _weight(pixels.coverage, positions)
+        if not weight.any():
+            return None
+        there = _bounds(weight > 0)
+        x, y = (p[there.slices] for p in positions)
+        block = there.shift(block.y0, block.x0)
+        image = resample(sub, pixels, block, (x, y), canvas.wcs)
+        if image is None:
+            return None
+        sub.adjustment.apply(image, block, image)
+        image -= sky32[:, None, None]
+        known = ~np.isnan(image).any(axis=0)
+        return block, np.where(known, np.concatenate([image, weight[there.slices][None]]), np.float32(0))
 
-        def work(block: Window) -> tuple[Window, FloatImage, FloatImage] | None:
-            check_stop()
-            x, y = sub.pixel_map.block(block)
-            weight = _weight(part, (x, y))
-            if not weight.any():
-                return None
-            # Of a rim only a strip is in the block: no need to resample the rest.
-            there = _bounds(weight > 0)
-            at, block = there.slices, there.shift(block.y0, block.x0)
-            weight = weight[at]
-            image = resample(sub, pixels, block, (x[at], y[at]), canvas.wcs)
-            if image is None:
-                return None
-            sub.adjustment.apply(image, block, image)
-            image -= sky32[:, None, None]
-            weight[np.isnan(image).any(axis=0)] = 0
-            ys, xs = block.slices
-            if settled is not None and (doubtful := settled[ys, xs] & (weight > 0)).any():
-                found = np.full_like(image, np.nan)
-                np.divide(total[:, ys, xs], coverage[ys, xs], out=found, where=doubtful)
-                noise = sub.noise * np.sqrt(depth)
-                weight[doubtful & ~_agrees(image, weight, found, coverage[ys, xs], noise)] = 0
-            np.copyto(image, 0, where=weight == 0)
-            return block, image, weight
+    with store.spool() as spool:
+        for index, sub in enumerate(tiles):
+            progress(index, len(tiles))
+            pixels = read(sub.frame)
+            rims.append((sub.noise * np.sqrt(_typical(pixels.coverage)), []))
+            work = partial(sampled, sub=sub, pixels=pixels)
+            for found in thread_map(work, sub.window.blocks(_BLOCK), workers):
+                if found is not None:
+                    block, samples = found
+                    shallow = samples[-1] < _DEEP
+                    made.add(block, np.where(shallow, np.float32(0), samples))
+                    for rim in _rims(shallow & (samples[-1] > 0), block):
+                        ys, xs = rim.within(block)
+                        np.save(spool, np.where(shallow, samples, np.float32(0))[:, ys, xs])
+                        rims[-1][-1].append(rim)
+        spool.seek(0)
+        settled = made.coverage > 0
+        for noise, windows in rims:
+            pieces = ((rim, np.load(spool)) for rim in windows)
+            for rim, samples in thread_map(partial(made.agreeing, noise=noise, settled=settled), pieces, workers):
+                check_stop()
+                made.add(rim, samples)
+    progress(len(tiles), len(tiles))
+    return made.mosaic(sky32, canvas.wcs)
 
-        for made in thread_map(work, sub.window.blocks(_BLOCK if settled is None else _RIM_BLOCK), workers):
-            if made is not None:
-                block, image, weight = made
-                ys, xs = block.slices
-                total[:, ys, xs] += weight * image
-                coverage[ys, xs] += weight
 
-    for rims in (False, True):
-        settled = coverage > 0 if rims else None
-        for index, sub in enumerate(tiles, start=rims * len(tiles)):
-            progress(index, 2 * len(tiles))
-            add(sub, read(sub.frame), settled)
-    progress(2 * len(tiles), 2 * len(tiles))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        total /= coverage
-    total += sky32[:, None, None]
-    image = np.ascontiguousarray(np.moveaxis(total, 0, -1)) if channels == 3 else total[0]
-    return Mosaic(image, coverage, alpha_of(coverage), canvas.wcs.deepcopy())
+@dataclass(frozen=True)
+class _Sum:
+    """The mosaic being made: sum of weighted differences to the sky ``(C, H, W)``, and sum of weights ``(H, W)``.
+
+    Of differences float32 loses nothing: they are small. Samples are ``(C + 1, h, w)``: differences, and their weight.
+    """
+
+    total: FloatImage
+    coverage: FloatImage
+
+    def add(self, block: Window, samples: FloatImage) -> None:
+        ys, xs = block.slices
+        self.total[:, ys, xs] += samples[-1] * samples[:-1]
+        self.coverage[ys, xs] += samples[-1]
+
+    def agreeing(
+        self, piece: tuple[Window, FloatImage], noise: NDArray[np.float64], settled: NDArray[np.bool_]
+    ) -> tuple[Window, FloatImage]:
+        """Shallow samples, without those that contradict what deeper tiles have settled."""
+        block, samples = piece
+        ys, xs = block.slices
+        doubtful = settled[ys, xs] & (samples[-1] > 0)
+        if doubtful.any():
+            found = np.full_like(samples[:-1], np.nan)
+            np.divide(self.total[:, ys, xs], self.coverage[ys, xs], out=found, where=doubtful)
+            agrees = _agrees(samples[:-1], samples[-1], found, self.coverage[ys, xs], noise)
+            samples[-1][doubtful & ~agrees] = 0
+        return block, samples
+
+    def mosaic(self, sky: FloatImage, wcs: WCS) -> Mosaic:
+        """Divide, in place; NaN where nothing was added."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            np.divide(self.total, self.coverage, out=self.total)
+        np.add(self.total, sky[:, None, None], out=self.total)
+        image = np.ascontiguousarray(np.moveaxis(self.total, 0, -1)) if len(sky) == 3 else self.total[0]
+        return Mosaic(image, self.coverage, alpha_of(self.coverage), wcs.deepcopy())
+
+
+def _rims(shallow: NDArray[np.bool_], block: Window) -> Iterator[Window]:
+    """Boxes that hold all shallow samples of a block, and not much else, as most are narrow strips."""
+    for part in Window.of_shape(block.shape).blocks(_RIM_BLOCK):
+        if (inside := shallow[part.slices]).any():
+            yield _bounds(inside).shift(block.y0 + part.y0, block.x0 + part.x0)
 
 
 def _bounds(mask: NDArray[np.bool_]) -> Window:
@@ -175,14 +219,13 @@ def _reprojected(
     )
     if any(part.stop <= part.start for part in near):
         return None
-    image = np.atleast_3d(pixels.image[near])
-    holes: NDArray[np.bool_] = np.isnan(image.sum(axis=2))
+    holes = ~has_data(pixels.image[near])
     if holes.all():
         return None
-    planes = np.moveaxis(image, 2, 0)
+    planes = np.moveaxis(np.atleast_3d(pixels.image[near]), 2, 0)
     if holes.any():
-        filled = np.where(holes, np.nanmedian(image, axis=(0, 1)).astype(np.float32)[:, None, None], planes)
-        planes = np.concatenate([filled, np.where(holes, np.float32(0), np.float32(1))[None]])
+        typical = np.array([np.median(plane[~holes][::_SPARSE]) for plane in planes], np.float32)
+        planes = np.concatenate([np.where(holes, typical[:, None, None], planes), ~holes[None]], dtype=np.float32)
     assert sub.frame.wcs is not None
     made = reproject_interp(
         (planes, sub.frame.wcs[near]),

@@ -14,7 +14,7 @@ from zemosaic import __version__
 from zemosaic.files import whole_file
 from zemosaic.frames import Frame, read_pixels
 from zemosaic.product import wcs_cards
-from zemosaic.tiles import FloatImage, Mosaic
+from zemosaic.tiles import FloatImage, Mosaic, has_data
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def read_master_tile(frame: Frame) -> TilePixels:
         If the image cannot be read.
     """
     image = read_pixels(frame)
-    valid = np.isfinite(image if image.ndim == 2 else image.min(axis=2))
+    valid = has_data(image)
     coverage = valid.astype(np.float32)
     with contextlib.suppress(KeyError, OSError), fits.open(frame.path) as hdus:
         stored = np.asarray(hdus["COVERAGE"].data, np.float32)

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from zemosaic.tiles import FloatImage, Mosaic
+from zemosaic.tiles import FloatImage, Mosaic, has_data
 
 MAX_SAMPLES = 1_000_000  # pixels that the tone is measured on
 STRIP = 256  # rows toned at a time: the temporary arrays stay small
@@ -84,7 +84,7 @@ def preview_rgba(
         mosaic: FITS counts rows upwards, pictures downwards. Transparent where there is no data.
     """
     image, alpha = _shrink(mosaic, max_dim)
-    shown = np.isfinite(image).all(axis=-1) & (alpha > 0)
+    shown = has_data(image) & (alpha > 0)
     picture = np.zeros((*shown.shape, 4), np.uint8)
     if shown.any():
         tone = _measure(_sample(image, shown), p_low, p_high, asinh_a, apply_wb)
@@ -120,7 +120,7 @@ def _area_mean(image: FloatImage, size: tuple[int, int]) -> FloatImage:
     # The rows of a strip get narrower, then all get fewer: no copy of the whole image is needed.
     for y in range(0, len(image), STRIP):
         rows = slice(y, y + STRIP)
-        valid: NDArray[np.bool_] = np.asarray(np.isfinite(image[rows]).all(axis=-1))
+        valid = has_data(image[rows])
         narrow = size[0], len(valid)
         filled = np.asarray(np.where(valid[..., None], image[rows], np.float32(0)))
         total[rows] = np.atleast_3d(cv2.resize(filled, narrow, interpolation=cv2.INTER_AREA))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,15 +50,28 @@ class ArrayStore:
                 self._held += array.nbytes
                 return array
             if self._files is None:
-                if self._folder is not None:
-                    self._folder.mkdir(parents=True, exist_ok=True)
-                self._files = tempfile.TemporaryDirectory(prefix=".zemosaic-", dir=self._folder)
+                self._files = tempfile.TemporaryDirectory(prefix=".zemosaic-", dir=self._made())
             path = Path(self._files.name) / f"{len(self._mapped):06d}"
             # Written first and mapped then: a mapping that the disk has no room for kills the process.
             array.tofile(path)
             copy = map_file(path).view(array.dtype).reshape(array.shape)
             self._mapped.append(copy)
         return copy
+
+    def spool(self) -> IO[bytes]:
+        """A scratch file to write and read again; gone when it is closed.
+
+        Raises
+        ------
+        OSError
+            If the scratch folder cannot be written to.
+        """
+        return tempfile.TemporaryFile(prefix=".zemosaic-", dir=self._made())
+
+    def _made(self) -> Path | None:
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        return self._folder
 
     def release(self) -> None:
         """Let go of the memory that mapped arrays occupy for now; they are read back when they are looked at."""

@@ -23,7 +23,7 @@ from zemosaic.report.evidence import Catalogue, Evidence, SeenFrame, gather, out
 from zemosaic.report.measures import TooLittle
 from zemosaic.report.verdict import Verdict, judge
 from zemosaic.settings import Settings
-from zemosaic.tiles import FloatImage, Mosaic, alpha_of
+from zemosaic.tiles import FloatImage, Mosaic, alpha_of, has_data
 
 EXIT_GOOD, EXIT_BAD = 0, 1
 
@@ -152,8 +152,7 @@ def _without_blanks(image: FloatImage, coverage: FloatImage | None) -> FloatImag
     empty = (image == 0) if image.ndim == 2 else (image == 0).all(axis=2)
     if np.isnan(image).any() or empty.mean() < _ZEROS:
         empty = np.zeros(empty.shape, bool)
-    if image.ndim == 3:
-        empty |= np.isnan(image).any(axis=2)
+    empty |= ~has_data(image)
     if coverage is not None:
         empty |= ~(coverage > 0)
     image = image.copy() if empty.any() else image
