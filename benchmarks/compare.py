@@ -8,7 +8,7 @@ not counted against them. Every program then runs as a process of its own (with 
 * `sds`: the whole of ``zemosaic run --sds``, from raw frames to the saved product;
 * `swarp`: SWarp once per plane, COMBINE_TYPE CLIPPED, LANCZOS3, its own background subtraction;
 * `reproject`: `reproject_and_coadd` once per plane, bicubic, ``match_background=True``;
-* `montage`: mProjExec, mAdd once per plane (no background matching, which would cost it more).
+* `montage`: mProjExec, mDiffFitExec, mBgModel, mBgExec, mAdd once per plane, so with its background matching.
 
 Printed are processor seconds per colour sub, wall time, peak memory of the largest process, ratios of processor time to
 SDS of the same turn, and three figures of quality against the truth: scatter of star magnitudes (mmag), rms of the sky
@@ -59,13 +59,19 @@ for colour in sys.argv[3:]:
 MONTAGE = """
 set -e
 cd "$1"
-mkdir raw$2 proj$2
+mkdir raw$2 proj$2 diff$2 corr$2
 for f in "$3"/*_$2.fits; do ln -s "$f" raw$2/; done
 mImgtbl raw$2 raw$2.tbl
 mMakeHdr raw$2.tbl $2.hdr
 mProjExec -p raw$2 raw$2.tbl $2.hdr proj$2 stats$2.tbl
 mImgtbl proj$2 proj$2.tbl
-mAdd -p proj$2 proj$2.tbl $2.hdr $2.fits
+mOverlaps proj$2.tbl diffs$2.tbl
+mDiffFitExec -p proj$2 diffs$2.tbl $2.hdr diff$2 fits$2.tbl
+mBgModel proj$2.tbl fits$2.tbl corrections$2.tbl
+mBgExec -p proj$2 proj$2.tbl corrections$2.tbl corr$2
+mImgtbl corr$2 corr$2.tbl
+mAdd -p corr$2 corr$2.tbl $2.hdr $2.fits
+rm -r proj$2 diff$2 corr$2
 """
 
 
