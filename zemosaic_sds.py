@@ -11,8 +11,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -26,6 +27,7 @@ from zemosaic.events import Events
 from zemosaic.execute import thread_map
 from zemosaic.frames import Frame
 from zemosaic.job import Workbench
+from zemosaic.resume import go_on
 from zemosaic.settings import Settings
 from zemosaic.stacking import Stack, stack_subs
 from zemosaic.stars import plane_noise
@@ -78,6 +80,24 @@ class Placed(Protocol):
 
     @property
     def pixel_map(self) -> Place: ...
+
+
+class StackedLot(NamedTuple):
+    """A lot whose frames are stacked.
+
+    Parameters
+    ----------
+    lot : Lot
+        Its frames.
+    finish : callable
+        Keeps the stack for the next run, which one core does while the others go on; returns it.
+    start : float
+        When it was begun, s on a clock.
+    """
+
+    lot: Lot
+    finish: Callable[[], Stack]
+    start: float
 
 
 @dataclass(frozen=True)
@@ -176,7 +196,7 @@ def assemble_global_mosaic_sds(
         raise SdsError("no lot has a frame that can be used")
     tiles, reports = [tile for tile, _ in built], tuple(report for _, report in built)
     events.phase(6, "gains")
-    gains = renormalise_gains(tiles, settings.sds_gain_scope, store.release)
+    gains = renormalise_gains(tiles, settings.sds_gain_scope, store.release, bench.workers)
     _report_gains(gains, events)
     events.phase(7, "stack")
     mosaic = stack_megatiles(tiles, gains.gains, canvas, sky, bench)
@@ -279,7 +299,9 @@ def build_megatiles(
     if bench.remote:
         made = _remote_megatiles(bench.remote, lots, subs, sky, bench)
     else:
-        made = ((index, build_megatile(lot, subs, sky, bench)) for index, lot in enumerate(lots))
+        # What was stacked is kept on another core, while the next lot is stacked.
+        stacked = (stack_lot(lot, subs, sky, bench) for lot in lots)
+        made = enumerate(thread_map(partial(build_megatile, store=bench.store), stacked, bench.workers, ahead=2))
     built = {}
     events.progress("sds_lots", 0, len(lots))
     for done, (index, megatile) in enumerate(made, start=1):
@@ -296,12 +318,32 @@ def build_megatiles(
     return [built[index] for index in sorted(built)]
 
 
-def build_megatile(
-    lot: Lot, subs: Sequence[Sub], sky: NDArray[np.float64], bench: Workbench
-) -> tuple[Tile, LotReport] | None:
+def stack_lot(lot: Lot, subs: Sequence[Sub], sky: NDArray[np.float64], bench: Workbench) -> StackedLot:
     """Stack one lot in the global WCS: read and mend, warp once, match, weight, reject, average.
 
     A frame that can no longer be read, or has changed, is left out and named in ``lost``.
+    """
+    start = time.perf_counter()
+
+    def stack(members: Sequence[int]) -> Stack:
+        means = bench.calibration, bench.settings, bench.events
+        return stack_subs(members, subs, sky, *means, room=bench.store.room, workers=bench.workers)
+
+    steps = bench.results.steps(lot.members, subs, sky, bench.settings, mapped=True)
+    asked = go_on(steps)
+    made = [asked if isinstance(asked, Stack) else stack(asked)]
+
+    def finish() -> Stack:
+        found = asked if isinstance(asked, Stack) else go_on(steps, made.pop())
+        while not isinstance(found, Stack):  # a frame has changed meanwhile
+            found = go_on(steps, stack(found))
+        return found
+
+    return StackedLot(lot, finish, start)
+
+
+def build_megatile(stacked: StackedLot, store: ArrayStore) -> tuple[Tile, LotReport] | None:
+    """What was stacked as a mega-tile, kept for the next run.
 
     Returns
     -------
@@ -310,14 +352,8 @@ def build_megatile(
     report : LotReport
         Or None in place of both if no frame of the lot could be read.
     """
-    start = time.perf_counter()
-
-    def stack(members: Sequence[int]) -> Stack:
-        means = bench.calibration, bench.settings, bench.events
-        return stack_subs(members, subs, sky, *means, room=bench.store.room, workers=bench.workers)
-
-    made = bench.results.stack(lot.members, subs, sky, bench.settings, stack, mapped=True)
-    return _kept(lot, made, bench.store, time.perf_counter() - start)
+    made = stacked.finish()
+    return _kept(stacked.lot, made, store, time.perf_counter() - stacked.start)
 
 
 def _remote_megatiles(
@@ -355,7 +391,9 @@ def choose_reference(tiles: Sequence[Tile]) -> int:
     return int(np.argmin(np.linalg.norm(middles - np.median(middles, axis=0), axis=1)))
 
 
-def renormalise_gains(tiles: Sequence[Tile], scope: str = "shared", rest: Callable[[], None] = lambda: None) -> Gains:
+def renormalise_gains(
+    tiles: Sequence[Tile], scope: str = "shared", rest: Callable[[], None] = lambda: None, workers: int = 1
+) -> Gains:
     """Gain of every mega-tile against the reference: ``gain_ref = 1``, ``gain_i = median_ref / median_i``.
 
     Parameters
@@ -368,6 +406,8 @@ def renormalise_gains(tiles: Sequence[Tile], scope: str = "shared", rest: Callab
         mistakes a brighter sky or a nebula for a gain. A tile without overlap gets the latter.
     rest : callable
         Called after every tile that was looked at: lets go of memory-mapped arrays.
+    workers : int
+        Threads.
 
     Returns
     -------
@@ -376,15 +416,15 @@ def renormalise_gains(tiles: Sequence[Tile], scope: str = "shared", rest: Callab
     """
     reference = choose_reference(tiles)
     medians = []
-    for tile in tiles:
-        medians.append(_tile_median(tile))
+    for median in thread_map(_tile_median, tiles, workers):
+        medians.append(median)
         rest()
     with np.errstate(divide="ignore", invalid="ignore"):
         gains = np.float64(medians[reference]) / np.array(medians)
     solved = {reference}
     if scope == "shared":
         gains[reference] = 1.0
-        solved = _carry_gains(tiles, reference, gains, rest)
+        solved = _carry_gains(tiles, reference, gains, rest, workers)
     isolated = tuple(i for i in range(len(tiles)) if i not in solved) if scope == "shared" else ()
     gains[reference] = 1.0
     bad = ~(np.isfinite(gains) & (gains > 0))
@@ -393,13 +433,14 @@ def renormalise_gains(tiles: Sequence[Tile], scope: str = "shared", rest: Callab
 
 
 def _carry_gains(
-    tiles: Sequence[Tile], reference: int, gains: NDArray[np.float64], rest: Callable[[], None]
+    tiles: Sequence[Tile], reference: int, gains: NDArray[np.float64], rest: Callable[[], None], workers: int
 ) -> set[int]:
     """Fill in `gains` outwards from the reference through shared pixels; returns the tiles that were reached."""
     step = 8 if min(min(tile.window.shape) for tile in tiles) > 64 else 1
     masks = [_coarse_mask(tile, step) for tile in tiles]
     rest()
     shared = _shared_table(masks)
+    compared = _compared(tiles, reference, shared, rest, workers)
     waiting = np.ones(len(tiles), np.bool_)
     waiting[reference] = False
     reach = shared[:, reference].copy()  # cells in common with all tiles that are solved
@@ -413,8 +454,7 @@ def _carry_gains(
         against = [reference] if direct[i] > 0 else np.flatnonzero(~waiting & (shared[i] > 0)).tolist()
         logs, weights = [], []
         for j in against:
-            theirs, own, pixels = shared_medians(tiles[j], tiles[i])
-            rest()
+            theirs, own, pixels = compared.get((j, i)) or shared_medians(tiles[j], tiles[i])
             if pixels >= _MIN_SHARED and theirs > 0 and own > 0:
                 logs.append(np.log(gains[j] * theirs / own))
                 weights.append(pixels)
@@ -425,6 +465,24 @@ def _carry_gains(
         else:
             shared[i, ~waiting] = 0
             reach[i] = 0
+
+
+def _compared(
+    tiles: Sequence[Tile], reference: int, shared: NDArray[np.int64], rest: Callable[[], None], workers: int
+) -> dict[tuple[int, int], tuple[float, float, int]]:
+    """`shared_medians` of the pairs that carry gains: of the reference with all that touch it, and of those that do
+    not with all their neighbours. Only where one of them leads nowhere others are needed."""
+    far = shared[reference] == 0
+    far[reference] = False
+    wanted = (shared > 0) & (far | far[:, None])
+    wanted[reference] |= shared[reference] > 0
+    pairs = np.argwhere(np.triu(wanted | wanted.T, 1)).tolist()
+    found = {}
+    medians = thread_map(lambda pair: shared_medians(tiles[pair[0]], tiles[pair[1]]), pairs, workers)
+    for (a, b), (first, second, pixels) in zip(pairs, medians, strict=True):
+        found[a, b], found[b, a] = (first, second, pixels), (second, first, pixels)
+        rest()
+    return found
 
 
 def _shared_table(masks: Sequence[tuple[Window, NDArray[np.bool_]]]) -> NDArray[np.int64]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import psutil
 
 import lecropper
 from zemosaic import carry
@@ -31,7 +30,7 @@ from zemosaic.canvas import CanvasError
 from zemosaic.cluster import cluster_frames
 from zemosaic.coadd import Sub
 from zemosaic.events import Cancelled, Event, Events, render
-from zemosaic.execute import one_thread_each, worker_count
+from zemosaic.execute import memory_budget, one_thread_each, worker_count
 from zemosaic.frames import Frame, FrameError
 from zemosaic.intake import Intake
 from zemosaic.job import Job, Outcome, RouteResult
@@ -72,7 +71,6 @@ _NAMED = (
     np.linalg.LinAlgError,
 )
 _logger = logging.getLogger("zemosaic")
-_MEMORY_SHARE = 0.6  # of the free memory, unless a budget is set
 _RESIDENT_TILES = 1 << 29  # bytes (512 MB): beyond it the system's file cache holds tiles just as well
 
 
@@ -149,7 +147,7 @@ def run_hierarchical_mosaic(
     inputs = [Path(p) for p in ([input_folder] if isinstance(input_folder, (str, Path)) else input_folder)]
     output_folder = Path(output_folder)
     routes = routes_for(settings, sds)
-    budget = memory_budget(settings)
+    budget = memory_budget(settings.memory_gb)
     scratch = scratch_folder(settings.coadd_memmap_dir, output_folder)
     try:
         if output_folder.exists() and not output_folder.is_dir():
@@ -198,13 +196,6 @@ def run_hierarchical_mosaic(
     events.done("run_success_finished", seconds=time.perf_counter() - start)
     summary = render("run_success_summary", _summary(route, made, ledger), settings.language)
     return RunResult(paths.fits, route, EXIT_FALLBACK if failures else EXIT_ASKED, summary, ledger)
-
-
-def memory_budget(settings: Settings) -> int:
-    """Bytes the run may use: ``memory_gb``, or 60 % of what is free now."""
-    if settings.memory_gb:
-        return int(settings.memory_gb * 2**30)
-    return int(_MEMORY_SHARE * psutil.virtual_memory().available)
 
 
 def resident_bytes(settings: Settings, budget: int) -> int:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from zemosaic.calibrate import Calibration
-from zemosaic.execute import one_thread_each, thread_map, worker_count
+from zemosaic.execute import elsewhere, memory_budget, one_thread_each, thread_map, worker_count
 from zemosaic.frames import Frame, FrameError, find_files, read_frame
 from zemosaic.measure import FrameMeasure, choose_aperture, measure_frame
 from zemosaic.night import CLEAR, compare, needed, nights
@@ -508,8 +508,9 @@ def _measure_files(inputs: Sequence[Path], workers: int) -> tuple[list[Frame], l
     read = thread_map(partial(attempt, read_frame), paths, workers)
     frames = sorted((f for f in read if f), key=lambda f: (f.date_obs, f.path.name, str(f.path)))
     aperture = choose_aperture(frames, Calibration()) if frames else Aperture()
-    measure = partial(measure_frame, calibration=Calibration(), aperture=aperture)
-    measures = list(thread_map(partial(attempt, measure), frames, workers))
+    here = partial(measure_frame, calibration=Calibration(), aperture=aperture)
+    with elsewhere(here, workers, len(frames), memory_budget()) as measure:
+        measures = list(thread_map(partial(attempt, measure), frames, workers))
     there = [(f, m) for f, m in zip(frames, measures, strict=True) if m]
     return [f for f, _ in there], [m for _, m in there], sorted(problems)
 

@@ -93,7 +93,7 @@ def steps_of(folder: Path) -> dict[str, float]:
     from zemosaic import intake as steps
     from zemosaic.calibrate import Calibration
     from zemosaic.events import Events
-    from zemosaic.execute import one_thread_each, worker_count
+    from zemosaic.execute import memory_budget, one_thread_each, worker_count
     from zemosaic.layout import lay_out
     from zemosaic.overlaps import overlap_graph
     from zemosaic.plan import _panels
@@ -114,7 +114,7 @@ def steps_of(folder: Path) -> dict[str, float]:
         timed("graph", lambda: overlap_graph(layout.corners, _panels(layout)))
         timed("measure", steps.measure_all, intake, Calibration(), settings, workers, events)
         timed("solve", steps.locate_all, intake, settings, workers, events)
-        canvas = steps.place(intake, settings, events, worker.memory_budget(settings), folder)
+        canvas = steps.place(intake, settings, events, memory_budget(settings.memory_gb), folder)
         timed("gate", worker.gate, intake, settings, events)
         timed("levels", steps.match, intake, canvas, settings, workers, events)
     return times

@@ -40,6 +40,7 @@ from zemosaic_sds import (
     polish,
     renormalise_gains,
     shared_medians,
+    stack_lot,
     stack_megatiles,
 )
 
@@ -711,7 +712,8 @@ def missing(sub: Sub) -> Sub:
 
 def test_a_frame_that_has_gone_is_named_and_the_lot_goes_on(job):
     subs = [missing(sub) if i == 2 else sub for i, sub in enumerate(job.subs)]
-    made = build_megatile(Lot((1, 2, 3)), subs, job.sky, bench_of(job.settings))
+    bench = bench_of(job.settings)
+    made = build_megatile(stack_lot(Lot((1, 2, 3)), subs, job.sky, bench), bench.store)
     assert made is not None
     tile, report = made
     assert list(report.lost) == [2]

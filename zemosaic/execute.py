@@ -1,19 +1,31 @@
-"""Map work over this machine's cores; the results come back in order, whatever the number of workers."""
+"""Spread work over this machine's cores; the results come back in order, whatever the number of workers."""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
+import psutil
 from threadpoolctl import threadpool_limits
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+PROCESS_BYTES = 300 << 20  # of a process with the libraries and one frame
+PROCESS_SECONDS = 1.1  # of processor time until it has loaded them
+
+_WORTH = 200  # calls from which it pays to start processes
+_PROCESS_SHARE = 0.5  # of the memory of the run, that they may take
+_MEMORY_SHARE = 0.6  # of the free memory, for a run without a limit
+_IDLE = 60.0  # s after which a process ends that is asked for nothing, as when this one was killed
+
+_function: Callable[..., Any]  # what a process of `elsewhere` calls
 
 
 def worker_count(requested: int) -> int:
@@ -23,12 +35,16 @@ def worker_count(requested: int) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def thread_map(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """``map(work, items)`` on threads, at most ``2 * workers`` items ahead of the consumer.
+def thread_map(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int | None = None
+) -> Iterator[Result]:
+    """``map(work, items)`` on threads, at most `ahead` items (``2 * workers``) before the consumer.
 
-    NumPy, OpenCV and sep release the interpreter lock for the heavy part, and threads share the frames they work on.
+    NumPy, OpenCV and our kernels release the interpreter's lock for the heavy part, and threads share the frames they
+    work on.
     An exception in `work` is raised here, at its item's place, and nothing further is started.
     """
+    ahead = ahead or 2 * workers
     if workers <= 1:
         yield from map(work, items)
         return
@@ -37,13 +53,78 @@ def thread_map(work: Callable[[Item], Result], items: Iterable[Item], workers: i
         try:
             for item in items:
                 waiting.append(pool.submit(work, item))
-                if len(waiting) >= 2 * workers:
+                if len(waiting) >= ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def memory_budget(limit_gb: float | None = None) -> int:
+    """Bytes a run may use: the limit (GB, 2^30 bytes), or 60 % of what is free now."""
+    return int(limit_gb * 2**30 if limit_gb else _MEMORY_SHARE * psutil.virtual_memory().available)
+
+
+def processes(workers: int, calls: int, budget: int) -> int:
+    """How many processes `elsewhere` starts for so many calls: as many as workers, or none."""
+    fits = workers * PROCESS_BYTES <= _PROCESS_SHARE * budget
+    return workers if workers > 1 and calls >= _WORTH and fits else 0
+
+
+@contextmanager
+def elsewhere(
+    function: Callable[..., Result], workers: int, calls: int, budget: int
+) -> Iterator[Callable[..., Result]]:
+    """A function that is called in other processes, where that pays: for what keeps the interpreter's lock.
+
+    Each thread that calls it waits for its own result, so that `thread_map` keeps all processes busy.
+
+    Parameters
+    ----------
+    function : callable
+        Together with what is bound to it, it is sent once; its arguments and results, or what it raises, with each
+        call. All must be picklable.
+    workers : int
+        Processes.
+    calls : int
+        How many are to be expected.
+    budget : int
+        Bytes the run may use.
+
+    Yields
+    ------
+    callable
+        The same function, or a stand-in for it.
+    """
+    if not processes(workers, calls, budget):
+        yield function
+        return
+    from loky import ProcessPoolExecutor  # needs no ``if __name__ == "__main__"`` in the user's script
+
+    def call(*args: Any, **named: Any) -> Result:
+        try:
+            made: Result = pool.submit(_call, *args, **named).result()
+        except BrokenExecutor:  # a process was killed, as the system does where memory is short: then here
+            return function(*args, **named)
+        return made
+
+    with ProcessPoolExecutor(workers, timeout=_IDLE, initializer=_begin, initargs=(function,)) as pool:
+        yield call
+
+
+def _begin(function: Callable[..., Any]) -> None:
+    """Make a new process ready."""
+    global _function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends its processes
+    cv2.setNumThreads(1)
+    threadpool_limits(limits=1)
+    _function = function
+
+
+def _call(*args: Any, **named: Any) -> Any:
+    return _function(*args, **named)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from zemosaic.canvas import Canvas, CanvasError, find_strays, pixel_scale, plan_
 from zemosaic.carry import Carried, shifted_map
 from zemosaic.coadd import Sub
 from zemosaic.events import Events
-from zemosaic.execute import thread_map
+from zemosaic.execute import elsewhere, memory_budget, thread_map
 from zemosaic.frames import Camera, Frame, FrameError, find_files, read_frame
 from zemosaic.headers import printable
 from zemosaic.measure import FrameMeasure, measure_frame, probe_aperture
@@ -233,24 +233,21 @@ def measure_all(intake: Intake, calibration: Calibration, settings: Settings, wo
         aperture = intake.carried.aperture
         zooms |= {frames[i].camera: zoom for i, zoom in zip(old, intake.carried.zooms.tolist(), strict=True)}
     intake.aperture, intake.zooms = aperture, zooms
-    work = partial(
-        _measure,
-        calibration=calibration,
-        aperture=aperture,
-        zooms=zooms,
-        hot_sigma=hot,
-        events=events,
-        results=results,
-    )
     reasons: list[str] = []
     measures: list[FrameMeasure] = []
-    for i, found in enumerate(thread_map(work, frames, workers), start=1):
-        if isinstance(found, FrameMeasure):
-            measures.append(found)
-            reasons.append("")
-        else:
-            reasons.append(found)
-        events.progress("sds_measure", i, len(frames))
+    here = partial(measure_frame, calibration=calibration, hot_sigma=hot)
+    budget = memory_budget(settings.memory_gb)
+    with elsewhere(here, workers, len(frames), budget) as measure:  # the star finder keeps the interpreter's lock
+        work = partial(
+            _measure, measure=measure, aperture=aperture, zooms=zooms, hot_sigma=hot, events=events, results=results
+        )
+        for i, found in enumerate(thread_map(work, frames, workers), start=1):
+            if isinstance(found, FrameMeasure):
+                measures.append(found)
+                reasons.append("")
+            else:
+                reasons.append(found)
+            events.progress("sds_measure", i, len(frames))
     intake.drop(reasons, events)
     intake.measures = measures
     intake.measured = {frame.path: measure for frame, measure in zip(intake.frames, measures, strict=True)}
@@ -280,7 +277,7 @@ def _typical_scales(frames: Sequence[Frame]) -> dict[Camera, float]:
 
 def _measure(
     frame: Frame,
-    calibration: Calibration,
+    measure: Callable[..., FrameMeasure],
     aperture: Aperture,
     zooms: Mapping[Camera, float],
     hot_sigma: float | None,
@@ -292,16 +289,14 @@ def _measure(
     zoom = zooms.get(frame.camera, 1.0)
     own = Aperture(aperture.radius * zoom, aperture.inner * zoom, aperture.outer * zoom)
     try:
-        measure = results.measure(
-            frame, own, hot_sigma, lambda: measure_frame(frame, calibration, own, hot_sigma=hot_sigma)
-        )
+        found = results.measure(frame, own, hot_sigma, lambda: measure(frame, aperture=own))
     except FrameError as problem:
         return str(problem)
-    if not np.isfinite(measure.sky).all():
+    if not np.isfinite(found.sky).all():
         return "it holds no valid pixels"
-    if not (measure.noise > 0).all():
+    if not (found.noise > 0).all():
         return "its pixels are all alike: it is empty or saturated"
-    return measure
+    return found
 
 
 def locate_all(intake: Intake, settings: Settings, workers: int, events: Events) -> Places:

@@ -26,7 +26,8 @@ from zemosaic.tiles import FloatImage, Window
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_DENSE_LIMIT = 1000  # unknowns up to which the equations are formed and factorised
+_DENSE_LIMIT = 1000  # unknowns up to which formed equations are factorised as a full matrix
+_FEW = 150  # unknowns up to which nothing is faster than that
 _DEEP = 12  # frames that see a star or a block, on average, from which the equations count as full
 _STAR_FLOOR = 0.01  # magnitude-like floor of a single flux: sampling, flat field, seeing
 _GAIN_PRIOR = 0.15  # how far a frame's transparency may lie from what its exposure says, ln units
@@ -72,8 +73,8 @@ def solve_common(
 
     The common values (a star's magnitude, the sky in a block) enter only through the normal equations reduced by
     them, so that the system has P unknowns a frame, however many stars or blocks there are. Alternating between frames
-    and common values would crawl on large scales, so it is solved directly; in a deep field of many frames, where the
-    matrix is nearly full, without forming it (`ReducedEquations`).
+    and common values would crawl on large scales, so it is solved directly; in a deep field, where the matrix is
+    nearly full and to form it is most of the work, without forming it (`ReducedEquations`).
 
     Parameters
     ----------
@@ -98,7 +99,7 @@ def solve_common(
     _, common = np.unique(common, return_inverse=True)
     columns = frame[:, None] * width + np.arange(width)
     deep = None
-    if prior.size > _DENSE_LIMIT and len(value) >= _DEEP * (common.max(initial=0) + 1):
+    if prior.size > _FEW and len(value) >= _DEEP * (common.max(initial=0) + 1):
         deep = ReducedEquations(common, frame, design, value, prior, prior_sigma)
     unknowns = prior.copy()
     robust = np.ones(len(value))

@@ -24,7 +24,7 @@ from zemosaic import misfits
 from zemosaic.canvas import CanvasError
 from zemosaic.cluster import cluster_frames
 from zemosaic.events import Events
-from zemosaic.execute import worker_count
+from zemosaic.execute import memory_budget, worker_count
 from zemosaic.forecast import Forecast, forecast
 from zemosaic.frames import Frame, FrameError
 from zemosaic.intake import Intake
@@ -207,7 +207,7 @@ def _without_forecast(
     found = list(intake.frames)
     if found and all(frame.wcs is None for frame in found):
         raise CanvasError(f"none of {len(found)} frames has a WCS: find out where they lie by zemosaic solve first")
-    budget = worker.memory_budget(settings)
+    budget = memory_budget(settings.memory_gb)
     intake.drop(misfits.of_impossible_size(intake.frames, budget), quiet)
     steps.select(intake, quiet)
     _drop_copies(intake, quiet)
@@ -341,7 +341,7 @@ def _forecast(made: Plan, settings: Settings, sds: bool | None, known: Mapping[s
         route,
         sizes_of(layout, route, settings),
         probed,
-        resident=worker.resident_bytes(settings, worker.memory_budget(settings)),
+        resident=worker.resident_bytes(settings, memory_budget(settings.memory_gb)),
         product_px=_product_px(made, settings),
         known=known,
     )
