@@ -6,12 +6,17 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import cv2
+import psutil
 import pytest
 from threadpoolctl import threadpool_info
 
-from zemosaic.execute import one_thread_each, thread_map, worker_count
+from zemosaic import execute
+from zemosaic.execute import PROCESS_BYTES, elsewhere, memory_budget, one_thread_each, thread_map, worker_count
+from zemosaic.frames import FrameError
 
 WORKERS = pytest.mark.parametrize("workers", [0, 1, 2, 5])
 
@@ -150,3 +155,73 @@ def test_libraries_use_one_thread_each_and_afterwards_what_they_used_before(fail
         assert blas_threads() == pools
     finally:
         cv2.setNumThreads(before)
+
+
+# --- processes ------------------------------------------------------------------------------------------
+
+ROOM = 1 << 40  # bytes
+
+
+def where(item: int, *, offset: int) -> tuple[int, int]:
+    return item + offset, os.getpid()
+
+
+def refuse(item: int) -> None:
+    raise FrameError(f"number {item} is no good", Path(f"{item}.fit"))
+
+
+def die_away_from(home: int, item: int) -> int:
+    if os.getpid() != home:
+        os._exit(9)
+    return -item
+
+
+def pinned() -> tuple[int, set[int]]:
+    return cv2.getNumThreads(), {library["num_threads"] for library in threadpool_info()}
+
+
+@pytest.fixture
+def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execute, "_WORTH", 5)
+
+
+@pytest.mark.usefixtures("worth_it")
+def test_many_calls_are_made_in_other_processes_and_come_back_in_order():
+    with elsewhere(partial(where, offset=100), 2, 8, ROOM) as call:
+        made = list(thread_map(call, range(8), 2))
+    assert [value for value, _ in made] == list(range(100, 108))
+    assert os.getpid() not in {process for _, process in made}
+
+
+@pytest.mark.usefixtures("worth_it")
+@pytest.mark.parametrize(("workers", "calls", "budget"), [(1, 8, ROOM), (2, 4, ROOM), (2, 8, 3 * PROCESS_BYTES)])
+def test_few_calls_one_worker_or_little_memory_stay_in_this_process(workers, calls, budget):
+    with elsewhere(refuse, workers, calls, budget) as call:
+        assert call is refuse
+
+
+@pytest.mark.usefixtures("worth_it")
+def test_what_a_call_raises_there_is_raised_here():
+    with (
+        elsewhere(refuse, 2, 8, ROOM) as call,
+        pytest.raises(FrameError, match="number 3 is no good") as caught,
+    ):
+        call(3)
+    assert caught.value.path == Path("3.fit")
+
+
+@pytest.mark.usefixtures("worth_it")
+def test_where_processes_are_killed_the_work_is_done_here():
+    with elsewhere(partial(die_away_from, os.getpid()), 2, 8, ROOM) as call:
+        assert list(thread_map(call, range(8), 2)) == [-i for i in range(8)]
+
+
+@pytest.mark.usefixtures("worth_it")
+def test_every_process_keeps_to_one_thread():
+    with elsewhere(pinned, 2, 8, ROOM) as call:
+        assert call() == (1, {1})
+
+
+def test_the_memory_a_run_may_use():
+    assert memory_budget(1.5) == 3 << 29
+    assert 0 < memory_budget() < 0.7 * psutil.virtual_memory().total

@@ -8,6 +8,7 @@ import pytest
 
 from zemosaic.demo import make_field
 from zemosaic.events import Cancelled, Events
+from zemosaic.execute import PROCESS_BYTES, PROCESS_SECONDS
 from zemosaic.forecast import Forecast, forecast, match_time, phase_memory, phase_times
 from zemosaic.intake import scan
 from zemosaic.layout import Layout, Sizes, lay_out, sizes_of
@@ -63,7 +64,7 @@ def invented(tiles_in_memory: bool = True) -> Probe:
 
 
 def whole(sizes: Sizes, probe: Probe, resident: int = 1 << 40) -> Forecast:
-    return forecast("sds", sizes, probe, resident=resident, product_px=sizes.canvas_px, known={})
+    return forecast("sds", sizes, probe, budget=0, resident=resident, product_px=sizes.canvas_px, known={})
 
 
 def test_a_run_of_the_size_of_the_trial_costs_what_the_trial_cost():
@@ -100,6 +101,23 @@ def test_frames_that_choose_the_aperture_are_not_counted_for_all():
     # 7 of 10 frames of the trial are measured twice, 7 of 100 of the run.
     times = phase_times(replace(TRIAL, frames=100, frame_px=10 * TRIAL.frame_px), invented())
     assert times["phase_measure"].cpu == pytest.approx(1.0 / 17 * 107)
+
+
+def test_many_frames_are_measured_in_processes():
+    """They cost their start and their memory, and keep all cores busy."""
+    given = {"resident": MB, "product_px": MB, "known": {}}
+    many = replace(RUN, frames=1000)
+    assert RUN.frames < 200
+    probe = replace(invented(), workers=4)
+    few, few_apart = (forecast("sds", RUN, probe, budget=budget, **given) for budget in (0, 1 << 40))
+    assert few == few_apart
+    here, apart = (
+        next(p for p in forecast("sds", many, probe, budget=budget, **given).phases if p.phase == "phase_measure")
+        for budget in (0, 1 << 40)
+    )
+    assert apart.cpu == pytest.approx(here.cpu + 4 * PROCESS_SECONDS)
+    assert apart.wall == pytest.approx(here.cpu / 4 + PROCESS_SECONDS)
+    assert apart.memory == here.memory + 4 * PROCESS_BYTES
 
 
 def test_what_is_loaded_once_is_counted_once():
@@ -167,7 +185,7 @@ def test_tiles_that_a_resumable_run_keeps_in_files_are_counted_on_the_disk():
 def test_disk_and_ranges():
     made = whole(RUN, invented())
     assert made.disk.value == pytest.approx(12 * MB * 17 + 5 * MB * 1.5)
-    tiles = forecast("master-tiles", RUN, invented(), resident=MB, product_px=MB, known={}).disk.value
+    tiles = forecast("master-tiles", RUN, invented(), budget=0, resident=MB, product_px=MB, known={}).disk.value
     assert tiles == pytest.approx(MB * 17 + 5 * MB * 1.5 + 30 * MB * 16)
     for estimate in (made.memory, made.disk, made.cpu, made.wall):
         assert 0 < estimate.low < estimate.value < estimate.high
@@ -184,7 +202,7 @@ def test_what_was_not_tried_widens_the_range():
 
 
 def test_known_phases_are_taken_as_they_are():
-    made = forecast("sds", RUN, invented(), resident=MB, product_px=MB, known={"phase_lots": Cost(0.5, 0.7)})
+    made = forecast("sds", RUN, invented(), budget=0, resident=MB, product_px=MB, known={"phase_lots": Cost(0.5, 0.7)})
     assert {p.phase: (p.cpu, p.wall) for p in made.phases}["phase_lots"] == (0.5, 0.7)
 
 

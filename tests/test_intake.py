@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from astropy.io import fits
 
+from zemosaic import execute
 from zemosaic.calibrate import Calibration
 from zemosaic.canvas import CanvasError
 from zemosaic.demo import FieldTruth, make_field
 from zemosaic.events import Event, Events
 from zemosaic.frames import Frame
 from zemosaic.intake import Intake, match, measure_all, place, scan
+from zemosaic.resume import flatten
 from zemosaic.settings import Settings
 
 PLENTY = 1 << 33  # bytes of memory
@@ -37,6 +39,21 @@ def intake(field: FieldTruth) -> Intake:
 def measured(intake: Intake, calibration: Calibration | None = None) -> Intake:
     measure_all(intake, calibration or Calibration(), Settings(), 1, Events())
     return intake
+
+
+def test_measured_in_processes_or_here_is_the_same(field, monkeypatch):
+    monkeypatch.setattr(execute, "_WORTH", 1)
+    alone, spread = (scan(field.paths, 1, Events()) for _ in range(2))
+    for intake, workers in ((alone, 1), (spread, 2)):
+        intake.frames[1] = replace(intake.frames[1], path=field.paths[0].with_name("gone.fit"))
+        measure_all(intake, Calibration(), Settings(memory_gb=100), workers, Events())
+    assert list(alone.rejected) == list(spread.rejected) == [field.paths[0].with_name("gone.fit")]
+    assert len(alone.measures) == 5
+    for one, other in zip(alone.measures, spread.measures, strict=True):
+        first, second = flatten(one), flatten(other)
+        assert list(first) == list(second)
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name])
 
 
 def with_pixels(frame: Frame, folder: Path, pixels: np.ndarray) -> Frame:

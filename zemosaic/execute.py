@@ -23,7 +23,7 @@ PROCESS_SECONDS = 1.1  # of processor time until it has loaded them
 _WORTH = 200  # calls from which it pays to start processes
 _PROCESS_SHARE = 0.5  # of the memory of the run, that they may take
 _MEMORY_SHARE = 0.6  # of the free memory, for a run without a limit
-_IDLE = 60.0  # s after which a process ends that is asked for nothing, as when this one was killed
+_IDLE = 20.0  # s after which a process ends that is asked for nothing, as when this one was killed
 
 _function: Callable[..., Any]  # what a process of `elsewhere` calls
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from zemosaic.execute import PROCESS_BYTES, PROCESS_SECONDS, processes
 from zemosaic.layout import Sizes
 from zemosaic.probe import Cost, Probe, Trial
 
@@ -101,6 +102,7 @@ def forecast(
     sizes: Sizes,
     probe: Probe,
     *,
+    budget: int,
     resident: int,
     product_px: int,
     known: Mapping[str, Cost],
@@ -115,6 +117,8 @@ def forecast(
         Of the run.
     probe : Probe
         On this machine.
+    budget : int
+        Bytes the run may use.
     resident : int
         Bytes of tiles that a run keeps in memory; beyond, they go to scratch files.
     product_px : int
@@ -124,6 +128,9 @@ def forecast(
     """
     times = {**phase_times(sizes, probe), **known}
     memory, scratch = phase_memory(sizes, probe, resident)
+    if helpers := processes(probe.workers, int(sizes.frames), budget):
+        times["phase_measure"] = _measured_elsewhere(times["phase_measure"], helpers)
+        memory["phase_measure"] += helpers * PROCESS_BYTES
     phases = tuple(PhaseForecast(phase, cost.cpu, cost.wall, memory.get(phase, 0.0)) for phase, cost in times.items())
     total = Cost(0.0, 0.0)
     for cost in times.values():
@@ -185,6 +192,14 @@ def _measure_time(cost: Cost, tried: Sizes, sizes: Sizes, workers: int) -> Cost:
     bigger = (sizes.frame_px / sizes.frames) / (tried.frame_px / tried.frames)
     alone, later = min(sizes.frames, _APERTURE_FRAMES), sizes.frames
     return Cost((alone + later) * one, alone * one * slowed + later * together) * bigger
+
+
+def _measured_elsewhere(here: Cost, helpers: int) -> Cost:
+    """The time of `_measure_time` where processes measure the frames: none waits for another, but they have to start.
+
+    The frames that choose the aperture are few where there are processes.
+    """
+    return Cost(here.cpu + helpers * PROCESS_SECONDS, min(here.wall, here.cpu / helpers) + PROCESS_SECONDS)
 
 
 def match_time(probe: Probe, frames: int) -> Cost:

@@ -337,11 +337,13 @@ def _forecast(made: Plan, settings: Settings, sds: bool | None, known: Mapping[s
     # The fullest panel says most about the lots.
     panel = max(made.graph.panels, key=len)
     probed = run_probe(layout, panel, route, settings, events)
+    budget = memory_budget(settings.memory_gb)
     return forecast(
         route,
         sizes_of(layout, route, settings),
         probed,
-        resident=worker.resident_bytes(settings, memory_budget(settings.memory_gb)),
+        budget=budget,
+        resident=worker.resident_bytes(settings, budget),
         product_px=_product_px(made, settings),
         known=known,
     )

@@ -166,8 +166,9 @@ def _lot_values(key: str, line: LotLine) -> dict[str, Any]:
 
 def _seam_faults(seams: SeamFigures) -> Iterator[Finding]:
     for seam in seams.worst[:_NAMED]:
-        grade = THRESHOLDS["seam_max"].grade(abs(seam.step))
-        if grade in ("WARN", "FAIL") and abs(seam.step) > seams.control_max[seam.channel]:
+        beyond = math.sqrt(max(seam.step**2 - seam.chance**2, 0))
+        grade = THRESHOLDS["seam_max"].grade(beyond)
+        if grade in ("WARN", "FAIL"):
             key = "seam_lot" if seam.lot >= 0 else "seam"
             values = {"x": seam.x, "y": seam.y, "sigma": abs(seam.step), "adu": abs(seam.step_adu), "lot": seam.lot + 1}
             yield Finding(key, grade, values, seam.lot, seam.frame, seam.x, seam.y)

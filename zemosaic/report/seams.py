@@ -6,14 +6,20 @@ lines parallel to it, a little away, where nothing begins or ends:
     excess = D(0) - median(D(±2), D(±3)),   D(k) = sky(24 k + r) - sky(24 k - r),   r = 8 px and 16 px
 
 each the median along half a piece of border and over both r, inside minus outside. The rim of a nebula may be steeper
-there than all around; but a slope grows with the distance, and a step does not:
+there than all around; but it rises over some distance, and a step does not. What is left of the difference across the
+line, of distances d, 2 d and 3 d from it, when all that a smooth sky adds up to fourth order is taken off is
 
-    S(0) = 2 (sky(8) - sky(-8)) - (sky(16) - sky(-16)) .
+    S = 5/2 D_d - 2 D_2d + 1/2 D_3d .
 
-What counts is the smaller of both. And a seam runs through: of the two halves the smaller counts too, and nothing if
-they contradict each other, as beside the wing of a star. The
-same statistic about the lines k = ±2 instead of the border tells how large it gets by noise and nebula
-alone; its percentiles (their upper bounds, as few borders tell them only roughly) are taken off in quadrature.
+d is 5 px, so that even the rim of a nebula that rises within 20 px leaves a tenth of itself; 8 px where a border is
+known to a cell only. What counts is the smaller of excess and S. And a seam runs through: of the two halves the
+smaller counts too, and nothing if they contradict each other, as beside the wing of a star.
+
+The same statistic about the lines k = ±2 instead of the border tells how large it gets by noise and nebula alone. Its
+variance is a constant, of the noise, and grows with how curved the sky is beside the line: the larger of
+|sky(d) - 2 sky(2 d) + sky(3 d)| of both sides, which no step on the line changes. So each piece of border is measured
+against lines with as lively a sky beside them: what the percentiles (their upper bounds, as few borders tell them only
+roughly) of the lines would be there is taken off in quadrature.
 """
 
 from __future__ import annotations
@@ -22,23 +28,32 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
 from zemosaic.report.evidence import SIDE_POINTS, Evidence, Floats, Ints
 from zemosaic.report.surface import CELL, Surface, nan_median
 from zemosaic.tiles import FloatImage, Window
 
 REACH = (8.0, 16.0)  # px from a line at which the sky on either side is read: a cell's width clear of it
+_NEAR = {True: 5.0, False: 8.0}  # px, d of the module's formulae for borders known exactly, and to a cell
+_SHARP = (2.5, -2.0, 0.5)  # of the differences at d, 2 d, 3 d
+_CURVE = (1.0, -2.0, 1.0)
 SPACING = 24.0  # px between parallel lines
 BLOCK_CELLS = 3  # cells along the side of a block of `block_steps`: 24 px
 _BLOCK_SHARE = 0.4  # of a block that must be free of sources
 _LINES = np.arange(-4, 5)
 _CONTROLS = (-3, -2, 2, 3)
 _PIECE = 80.0  # px, least length of a piece of border, if the frame is large enough
-_SAMPLES = 8  # points along a piece of border
+_SHARP_LINES = (-2, 0, 2)  # lines that the sharper statistic is made for
+_SAMPLES = 8  # points along a piece of border, of cells
+_FINE_SAMPLES = 16  # of fine cells
 _MAX_PIECES = 20_000
 _BATCH = 4000  # pieces that are measured at a time, for the memory
 _MIN_STEP = 0.05  # share by which the coverage must change for a border to be seen in it
 _MARGIN = 3.0  # standard errors of a percentile that are put down to chance
+_ROUNDS = 5  # of the fit of the variance, which weights itself
+_WILD = 4.0  # standard deviations at which a step counts no more in it: a star's wing
+_LEAST = 1e-6  # variance, pixel noise squared
 _WORST = 10
 _THUMBNAIL = 96  # px, side of a seam's picture
 
@@ -88,6 +103,8 @@ class Seam:
         Excess step, in units of the local pixel noise; positive = brighter inside.
     step_adu : float
         The same, ADU.
+    chance : float
+        How large it would get there by noise and nebula alone, in units of the pixel noise.
     channel : int
         The colour where it is largest.
     frame, lot : int
@@ -103,6 +120,7 @@ class Seam:
     angle: float
     step: float
     step_adu: float
+    chance: float
     channel: int
     frame: int
     lot: int
@@ -122,7 +140,7 @@ class SeamFigures:
         In units of the local pixel noise, noise and nebula taken off in quadrature.
     p50_adu, p95_adu, max_adu : ndarray
         ADU.
-    control_p95, control_max : ndarray
+    control_p95 : ndarray
         What noise and nebula alone give, in units of the pixel noise.
     block_p99 : ndarray
         ADU, see `block_steps`.
@@ -140,7 +158,6 @@ class SeamFigures:
     p95_adu: Floats
     max_adu: Floats
     control_p95: Floats
-    control_max: Floats
     block_p99: Floats
     worst: tuple[Seam, ...]
     map: FloatImage
@@ -149,20 +166,17 @@ class SeamFigures:
 def measure_seams(evidence: Evidence, surface: Surface) -> SeamFigures:
     """Steps at all borders that are known, and between neighbouring blocks everywhere."""
     borders = frame_borders(evidence) if evidence.frames is not None else coverage_borders(surface)
-    excess, control = border_steps(surface, borders)
     noise = surface.noise_at(borders.x, borders.y)
-    beside = np.concatenate([noise, noise])
-    known = np.isfinite(control).all(axis=1) & (beside > 0).all(axis=1)
-    control, beside = control[known], beside[known]
-    good = np.flatnonzero(np.isfinite(excess).all(axis=1) & (noise > 0).all(axis=1))
-    borders, excess, noise = borders.take(good), excess[good], noise[good]
-    own, other = np.abs(excess) / noise, np.abs(control) / beside
+    own, control = border_steps(surface, borders)
+    own, control = own.over(noise), control.over(np.concatenate([noise, noise]))
+    control, good = control.take(control.known), own.known
+    borders, own, noise = borders.take(good), own.take(good), noise[good]
     # Pieces where the coverage changes lie cell by cell and overlap; those of an outline do not.
     pieces = len(borders) if evidence.frames is not None else len(borders) / 8
-    floor = {q: _percentile(other, _bound(q, pieces)) for q in (50, 95, 100)}
-    floor_adu = {q: _percentile(np.abs(control), _bound(q, pieces)) for q in (50, 95, 100)}
-    p50, p95, top = (_beyond(_percentile(own, q), floor[q]) for q in (50, 95, 100))
-    p50_adu, p95_adu, top_adu = (_beyond(_percentile(np.abs(excess), q), floor_adu[q]) for q in (50, 95, 100))
+    chance = _chances(control, own, [_bound(q, pieces) for q in (50, 95, 100)])
+    beyond = [_beyond(np.abs(own.size), limit) for limit in chance]
+    p50, p95, top = (_percentile(b, q) for b, q in zip(beyond, (50, 95, 100), strict=True))
+    p50_adu, p95_adu, top_adu = (_percentile(b * noise, q) for b, q in zip(beyond, (50, 95, 100), strict=True))
     return SeamFigures(
         pieces=len(borders),
         p50=p50,
@@ -171,11 +185,10 @@ def measure_seams(evidence: Evidence, surface: Surface) -> SeamFigures:
         p50_adu=p50_adu,
         p95_adu=p95_adu,
         max_adu=top_adu,
-        control_p95=floor[95],
-        control_max=floor[100],
+        control_p95=_percentile(chance[1], 50),
         block_p99=block_steps(surface),
-        worst=_worst(evidence, borders, excess, noise),
-        map=_map(surface, borders, excess / noise),
+        worst=_worst(evidence, borders, own.size, noise, chance[2]),
+        map=_map(surface, borders, own.size),
     )
 
 
@@ -228,21 +241,47 @@ def coverage_borders(surface: Surface) -> Borders:
     )
 
 
-def border_steps(surface: Surface, borders: Borders) -> tuple[Floats, Floats]:
-    """Excess step at every piece of border ``(m, C)`` and at its control lines ``(2 m, C)``, ADU, inside - outside."""
+@dataclass(frozen=True)
+class Steps:
+    """Steps across lines, inside - outside, and how curved the sky is beside them, ``(m, C)``; both in one unit."""
+
+    size: Floats
+    curve: Floats
+
+    def over(self, unit: Floats) -> Steps:
+        """Both in another unit ``(m, C)``; NaN where that is 0."""
+        unit = np.where(unit > 0, unit, np.nan)
+        return Steps(self.size / unit, self.curve / unit)
+
+    def take(self, which: NDArray) -> Steps:
+        """Some of the lines."""
+        return Steps(self.size[which], self.curve[which])
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """``(m,)`` where all colours are."""
+        return np.asarray(np.isfinite(self.size + self.curve).all(axis=1))
+
+
+def border_steps(surface: Surface, borders: Borders) -> tuple[Steps, Steps]:
+    """Steps at every piece of border, m of them, and at its control lines, 2 m; ADU."""
+    near = _NEAR[bool((borders.frame >= 0).all())]
     parts = [borders.take(np.arange(i, min(i + _BATCH, len(borders)))) for i in range(0, len(borders), _BATCH)]
     none = np.zeros((0, len(_LINES), 2, surface.channels), np.float32)
-    measured = [_line_steps(surface, part) for part in parts]
-    step, sharp = (np.concatenate([none, *(m[k] for m in measured)]) for k in (0, 1))
+    step = np.concatenate([none, *(_differences(surface, part) for part in parts)])
+    sharp = [_sharp(surface, part, near) for part in parts]
+    edge, curve = (np.concatenate([none[:, :3], *(s[k] for s in sharp)]) for k in (0, 1))
     at = {int(k): i for i, k in enumerate(_LINES)}
 
-    def excess(line: int, controls: tuple[int, ...]) -> Floats:
+    def steps(line: int, controls: tuple[int, ...]) -> Steps:
         around = nan_median(np.moveaxis(step[:, [at[k] for k in controls]], 1, -1), 0.4)
-        beyond = _agreed(step[:, at[line]] - around, sharp[:, at[line]])
-        return _agreed(beyond[:, 0], beyond[:, 1])
+        own = _SHARP_LINES.index(line)
+        beyond = _agreed(step[:, at[line]] - around, edge[:, own])
+        return Steps(_agreed(beyond[:, 0], beyond[:, 1]), np.asarray(curve[:, own].max(axis=1), float))
 
-    sides = [excess(2, (-3, -2, 4, 3)), excess(-2, (-4, -3, 2, 3))]
-    return excess(0, _CONTROLS), np.concatenate(sides)
+    sides = [steps(2, (-3, -2, 4, 3)), steps(-2, (-4, -3, 2, 3))]
+    both = [np.concatenate([getattr(side, name) for side in sides]) for name in ("size", "curve")]
+    return steps(0, _CONTROLS), Steps(*both)
 
 
 def _agreed(first: NDArray, second: NDArray) -> Floats:
@@ -251,21 +290,50 @@ def _agreed(first: NDArray, second: NDArray) -> Floats:
     return np.asarray(np.where(first * second < 0, 0.0, np.sign(first) * size), float)
 
 
-def _line_steps(surface: Surface, borders: Borders) -> tuple[NDArray, NDArray]:
-    """D(k) and S(k) of the module's formulae for both halves of every piece, ``(m, lines, 2, C)`` each."""
-    along = (np.arange(_SAMPLES) + 0.5) / _SAMPLES - 0.5
-    side = np.array([-1.0, 1.0])[:, None, None] * np.array(REACH)[None, None, :] + (_LINES * SPACING)[None, :, None]
+def _differences(surface: Surface, borders: Borders) -> NDArray:
+    """D(k) of the module's formulae for both halves of every piece, ``(m, lines, 2, C)``."""
+    sky = _beside(surface, borders, _LINES, REACH)
+    apart = np.moveaxis(sky[:, 1] - sky[:, 0], 2, -2)  # (piece, line, half, channel, reach, sample)
+    return nan_median(apart.reshape(*apart.shape[:4], -1), 0.4)
+
+
+def _sharp(surface: Surface, borders: Borders, near: float) -> tuple[NDArray, NDArray]:
+    """S at `_SHARP_LINES` of the module's formulae, and the curvature beside them, ``(m, 3, 2, C)`` each."""
+    reach = (near, 2 * near, 3 * near)
+    sky = _beside(surface, borders, np.array(_SHARP_LINES), reach, fine=near < CELL)
+    edge = np.tensordot(np.array(_SHARP, np.float32), sky[:, 1] - sky[:, 0], (0, 2))
+    bend = nan_median(np.tensordot(np.array(_CURVE, np.float32), sky, (0, 3)), 0.4)
+    return nan_median(edge, 0.4), np.abs(bend).max(axis=1)
+
+
+def _beside(
+    surface: Surface, borders: Borders, lines: NDArray, reach: tuple[float, ...], fine: bool = False
+) -> NDArray:
+    """The sky outside and inside of all lines: ``(piece, side, line, reach, half, channel, sample)``."""
+    samples = _FINE_SAMPLES if fine else _SAMPLES
+    along = (np.arange(samples) + 0.5) / samples - 0.5
+    side = np.array([-1.0, 1.0])[:, None, None] * np.array(reach)[None, None, :] + (lines * SPACING)[None, :, None]
     # (piece, side, line, reach, sample)
     t = along * borders.length[:, None, None, None, None]
     d = side[None, ..., None]
     nx, ny = (n[:, None, None, None, None] for n in (borders.nx, borders.ny))
     x = borders.x[:, None, None, None, None] + d * nx - t * ny
     y = borders.y[:, None, None, None, None] + d * ny + t * nx
-    sky = surface.sky_at(x, y)
-    apart = (sky[:, 1] - sky[:, 0]).reshape(len(borders), len(_LINES), len(REACH), 2, -1, surface.channels)
-    both = apart.transpose(0, 1, 3, 5, 2, 4)  # (piece, line, half, channel, reach, sample)
-    near, far = (nan_median(both[..., k, :], 0.4) for k in (0, 1))
-    return nan_median(both.reshape(*both.shape[:4], -1), 0.4), 2 * near - far
+    sky = surface.sky_at(x, y, fine)
+    return np.moveaxis(sky.reshape(len(borders), 2, len(lines), len(reach), 2, -1, surface.channels), -1, -2)
+
+
+def _chances(control: Steps, own: Steps, percentiles: list[float]) -> list[Floats]:
+    """What these percentiles of the steps at lines with as lively a sky beside them are, at each border ``(m, C)``."""
+    square, curve = np.square(control.size).ravel(), control.curve.ravel()
+    design = np.stack([np.ones_like(curve), curve], axis=1)
+    growth, variance = np.zeros(2), 1 + curve
+    for _ in range(_ROUNDS if len(curve) else 0):
+        growth = nnls(design / variance[:, None], np.minimum(square, _WILD**2 * variance) / variance)[0]
+        variance = np.maximum(design @ growth, _LEAST)
+    z = np.sqrt(square / variance)  # of all colours: they have the noise as unit, and are few
+    spread = np.sqrt(growth[0] + growth[1] * own.curve)
+    return [_percentile(z, q) * spread for q in percentiles]
 
 
 def block_steps(surface: Surface) -> Floats:
@@ -313,10 +381,12 @@ def _beyond(value: NDArray, floor: NDArray) -> Floats:
     return np.sqrt(np.maximum(np.square(value) - np.nan_to_num(np.square(floor)), 0))
 
 
-def _worst(evidence: Evidence, borders: Borders, excess: Floats, noise: Floats) -> tuple[Seam, ...]:
-    size = np.abs(excess) / noise
-    channel = size.argmax(axis=1) if len(size) else np.zeros(0, int)
-    order = np.argsort(-size.max(axis=1, initial=0), kind="stable")
+def _worst(evidence: Evidence, borders: Borders, steps: Floats, noise: Floats, chance: Floats) -> tuple[Seam, ...]:
+    """The pieces that go farthest beyond chance; then, where none does, the largest steps."""
+    size = np.abs(steps)
+    rank = _beyond(size, chance) + 1e-3 * size
+    channel = rank.argmax(axis=1) if len(size) else np.zeros(0, int)
+    order = np.argsort(-rank.max(axis=1, initial=0), kind="stable")
     taken: list[int] = []
     for i in order:
         if all(np.hypot(borders.x[i] - borders.x[j], borders.y[i] - borders.y[j]) > _THUMBNAIL for j in taken):
@@ -337,8 +407,9 @@ def _worst(evidence: Evidence, borders: Borders, excess: Floats, noise: Floats) 
                 x=x,
                 y=y,
                 angle=float(np.rad2deg(np.arctan2(borders.nx[i], -borders.ny[i])) % 180),
-                step=float(excess[i, c] / noise[i, c]),
-                step_adu=float(excess[i, c]),
+                step=float(steps[i, c]),
+                step_adu=float(steps[i, c] * noise[i, c]),
+                chance=float(np.nan_to_num(chance[i, c])),
                 channel=c,
                 frame=frame,
                 lot=int(evidence.frames.lot[frame]) if evidence.frames is not None and frame >= 0 else -1,

@@ -95,8 +95,10 @@ class Surface:
         j = np.clip((np.asarray(x) // self.region).astype(int), 0, rx - 1)
         return self.noise[i, j].astype(float)
 
-    def sky_at(self, x: Floats, y: Floats) -> FloatImage:
-        """``(..., C)`` sky interpolated between the middles of cells; NaN where there is hardly any."""
+    def sky_at(self, x: Floats, y: Floats, fine: bool = False) -> FloatImage:
+        """``(..., C)`` sky interpolated between the middles of (fine) cells; NaN where there is hardly any."""
+        if fine:
+            return sample_cells(self.fine, self.fine_free, x, y, CELL // 2)
         return sample_cells(self.sky, self.free, x, y)
 
     def regions(self, cells: FloatImage, side: tuple[int, int] = (CELL, CELL)) -> FloatImage:
@@ -221,7 +223,7 @@ def _lonely(stars: Stars, reach: float) -> NDArray[np.bool_]:
     return lonely
 
 
-def sample_cells(values: FloatImage, weight: FloatImage, x: Floats, y: Floats) -> FloatImage:
+def sample_cells(values: FloatImage, weight: FloatImage, x: Floats, y: Floats, side: int = CELL) -> FloatImage:
     """Weighted bilinear interpolation of a map of cells at pixel positions of any shape.
 
     Parameters
@@ -232,6 +234,8 @@ def sample_cells(values: FloatImage, weight: FloatImage, x: Floats, y: Floats) -
         ``(h, w)`` what each cell counts: a neighbour full of stars leaves the sky to the other three.
     x, y : ndarray
         Mosaic pixels.
+    side : int
+        Of a cell, px.
 
     Returns
     -------
@@ -241,7 +245,7 @@ def sample_cells(values: FloatImage, weight: FloatImage, x: Floats, y: Floats) -
     known: NDArray[np.bool_] = np.isfinite(values.sum(axis=2))
     share = np.where(known, weight, np.float32(0))[..., None]
     planes = np.concatenate([np.where(known[..., None], values, np.float32(0)) * share, share], axis=2)
-    u, v = (((np.asarray(p) + 0.5) / CELL - 0.5).astype(np.float32) for p in (x, y))
+    u, v = (((np.asarray(p) + 0.5) / side - 0.5).astype(np.float32) for p in (x, y))
     rows = 16384  # OpenCV takes images below 32768 px only
     count = -(-u.size // rows)
     across, down = (np.resize(p.ravel(), count * rows).reshape(count, rows) for p in (u, v))
