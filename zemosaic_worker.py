@@ -44,6 +44,7 @@ from zemosaic.report.chronicle import Chronicle
 from zemosaic.report.evidence import evidence_of_run
 from zemosaic.report.story import headline
 from zemosaic.resume import Results
+from zemosaic.room import Room, check_tile_room
 from zemosaic.settings import Settings, settings_toml
 from zemosaic.stacking import Stack, stack_subs
 from zemosaic.store import ArrayStore
@@ -315,19 +316,21 @@ def foresee_tiles(
     CanvasError
         With the numbers.
     """
-    from zemosaic.room import Room, check_tile_room  # not at the top: it needs the SDS route
+    from zemosaic.layout import lay_out, sizes_of  # not at the top: it needs the SDS route
 
-    room = Room(
-        resident_bytes(settings, budget),
-        scratch_folder(settings.coadd_memmap_dir, output_folder),
-        output_folder / HIDDEN / "results",
-    )
     try:
-        check_tile_room(placed, settings, room, preplan_path_groups)
+        sizes = sizes_of(lay_out(placed, settings, preplan_path_groups), "sds", settings)
+        check_tile_room(sizes, settings, tile_room(settings, budget, output_folder))
     except CanvasError:
         raise
     except Exception:  # a plan that fails is the route's business, which has others behind it
         _logger.debug("room for mega-tiles", exc_info=True)
+
+
+def tile_room(settings: Settings, budget: int, output_folder: Path) -> Room:
+    """Where the mega-tiles of a run may lie."""
+    scratch = scratch_folder(settings.coadd_memmap_dir, output_folder)
+    return Room(resident_bytes(settings, budget), scratch, output_folder / HIDDEN / "results")
 
 
 def gate(intake: Intake, settings: Settings, events: Events) -> dict[Path, Verdict]:

@@ -20,6 +20,7 @@ from zemosaic import room as room_module
 from zemosaic.canvas import CanvasError
 from zemosaic.demo import make_field
 from zemosaic.frames import Frame, read_frame
+from zemosaic.layout import Sizes, lay_out, sizes_of
 from zemosaic.room import Room, check_tile_room
 from zemosaic.settings import Settings
 from zemosaic_worker import RunError, run_hierarchical_mosaic
@@ -104,16 +105,22 @@ def disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[Path, int]:
     return left
 
 
+def sizes(frames: list[Frame], settings: Settings) -> Sizes:
+    return sizes_of(lay_out(frames, settings), "sds", settings)
+
+
 def told(frames: list[Frame], room: Room, **options: Any) -> str:
+    settings = Settings(**LOTS, **options)
     try:
-        check_tile_room(frames, Settings(**LOTS, **options), room)
+        check_tile_room(sizes(frames, settings), settings, room)
     except CanvasError as problem:
         return str(problem)
     return ""
 
 
 def test_tiles_need_what_their_windows_hold(frames, tmp_path):
-    need = check_tile_room(frames, Settings(**LOTS), Room(GB, tmp_path, tmp_path))
+    settings = Settings(**LOTS)
+    need = check_tile_room(sizes(frames, settings), settings, Room(GB, tmp_path, tmp_path))
     least = 9 * 512 * 640 * 4 * 5
     assert least < need < 1.7 * least  # dithered, and turned by up to 8 degrees
 

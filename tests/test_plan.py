@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from astropy.io import fits
 from typer.testing import CliRunner
 
 import zemosaic_sds
+import zemosaic_worker
 from zemosaic import intake as steps
 from zemosaic.canvas import plan_canvas
 from zemosaic.cli import app
@@ -204,6 +206,16 @@ def test_a_canvas_without_room_is_a_problem_not_an_error(row: Path):
     (problem,) = plan.problems
     assert "allow more (memory_gb)" in problem
     assert len(plan.layout.frames) == 10
+
+
+def test_tiles_without_room_are_a_problem_of_the_sds_route_alone(row: Path, tmp_path: Path, monkeypatch):
+    ny, nx = planned(row).layout.canvas.shape
+    nearly_full = shutil.disk_usage(tmp_path)._replace(free=18 * ny * nx)  # 17 bytes a pixel of product, 20 of a tile
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: nearly_full)
+    monkeypatch.setattr(zemosaic_worker, "_RESIDENT_TILES", 0)
+    (problem,) = make_plan([row], Settings(route="sds"), probe=False, output_folder=tmp_path).problems
+    assert "the mega-tiles take" in problem
+    assert not make_plan([row], Settings(route="mosaic-first"), probe=False, output_folder=tmp_path).problems
 
 
 def test_nothing_to_plan_is_one_sentence(tmp_path: Path):

@@ -395,7 +395,7 @@ def match(
 
     maps = list(thread_map(work, range(len(intake.frames)), workers))
     held = carried.held(old) if carried is not None else None
-    photometry = match_frames(intake.frames, intake.measures, maps, canvas, settings, held)
+    photometry = match_frames(intake.frames, intake.measures, maps, canvas, settings, held, workers)
     groups = len(set(photometry.sky_groups.tolist()))
     events.info("run_info_levels_solved", frames=len(maps), groups=groups)
     if groups > 1:

@@ -20,6 +20,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import spsolve
 from scipy.spatial import cKDTree
 
+from zemosaic.execute import thread_map
 from zemosaic.reduced import ReducedEquations
 from zemosaic.tiles import FloatImage, Window
 
@@ -192,7 +193,13 @@ def match_positions(x: Floats, y: Floats, radius: float) -> Ints:
 
 
 def solve_gains(
-    star: Ints, frame: Ints, flux: Floats, error: Floats, expected: Floats, held: Floats | None = None
+    star: Ints,
+    frame: Ints,
+    flux: Floats,
+    error: Floats,
+    expected: Floats,
+    held: Floats | None = None,
+    workers: int = 1,
 ) -> tuple[Floats, Solution]:
     """Gain of every frame and channel that puts all of them on one photometric scale.
 
@@ -209,6 +216,8 @@ def solve_gains(
         ``(F,)`` gain to expect without stars, i.e. typical exposure over the frame's own.
     held : ndarray, optional
         ``(F, C)`` gains that stay as they are, NaN where a frame is to be solved against those.
+    workers : int
+        Threads.
 
     Returns
     -------
@@ -238,11 +247,13 @@ def solve_gains(
         return solve_common(common, who, design, value[pick], sigma[pick], prior, widths)
 
     grey = solve((each, channel), star[each] * channels + channel, frame[each], start, _GAIN_PRIOR)
-    gain = np.empty((frames, channels))
-    for c in range(channels):
+
+    def colour(c: int) -> Floats:
         rows = np.flatnonzero(usable[:, c])
         prior = np.where(fixed, np.log(held[:, c]), grey.unknowns[:, 0])[:, None]
-        gain[:, c] = solve((rows, c), star[rows], frame[rows], prior, _COLOUR_PRIOR).unknowns[:, 0]
+        return solve((rows, c), star[rows], frame[rows], prior, _COLOUR_PRIOR).unknowns[:, 0]
+
+    gain = np.stack(list(thread_map(colour, range(channels), workers)), axis=1)
     if not fixed.any():
         # One constant is free: keep the typical frame as it is, and the colours as they are.
         gain -= np.median(grey.unknowns) - np.median(start)
@@ -325,7 +336,7 @@ def window_frame(window: Window) -> tuple[float, float, float, float]:
 
 
 def solve_skies(
-    samples: list[SkySamples], gain: Floats, noise: Floats, held: Floats | None = None
+    samples: list[SkySamples], gain: Floats, noise: Floats, held: Floats | None = None, workers: int = 1
 ) -> tuple[Floats, list[Solution]]:
     """Sky level and gradient of every frame and channel against the sky they share.
 
@@ -339,6 +350,8 @@ def solve_skies(
         ``(F, C)`` error of one sample, ADU before gain.
     held : ndarray, optional
         ``(F, C, 3)`` planes that stay as they are, NaN where a frame is to be solved against those.
+    workers : int
+        Threads.
 
     Returns
     -------
@@ -353,20 +366,20 @@ def solve_skies(
     design = np.stack([np.ones_like(u), u, v], axis=1)
     held = np.full((*gain.shape, 3), np.nan) if held is None else held
     fixed = np.asarray(np.isfinite(held).all(axis=(1, 2)), np.bool_)
-    plane = np.zeros((*gain.shape, 3))
-    solutions = []
-    for c in range(gain.shape[1]):
+    if not len(raw):
+        return np.where(fixed[:, None, None], held, 0.0), []
+
+    def colour(c: int) -> Solution:
         value, sigma = raw[:, c] * gain[frame, c], (noise[:, c] * gain[:, c])[frame]
-        if not len(value):
-            continue
         sky = max(abs(float(np.median(value))), float(np.median(sigma)))
         # Removing the median keeps the numbers small; it comes back through the common sky.
         width = np.tile(sky * np.array([1.0, _PLANE_PRIOR, _PLANE_PRIOR]), (len(samples), 1))
         width[fixed] = _HELD * sky
         prior = np.where(fixed[:, None], held[:, c], 0)
-        solution = solve_common(node, frame, design, value - np.median(value), sigma, prior, width)
-        plane[:, c] = solution.unknowns
-        solutions.append(solution)
+        return solve_common(node, frame, design, value - np.median(value), sigma, prior, width)
+
+    solutions = list(thread_map(colour, range(gain.shape[1]), workers))
+    plane = np.stack([solution.unknowns for solution in solutions], axis=1)
     return np.where(fixed[:, None, None], held, plane), solutions
 
 

@@ -99,6 +99,7 @@ def match_frames(
     canvas: Canvas,
     settings: Settings,
     held: Held | None = None,
+    workers: int = 1,
 ) -> Photometry:
     """Solve gains and sky levels of all frames at once, as ``stacking_normalize_method`` says.
 
@@ -115,11 +116,11 @@ def match_frames(
     if settings.stacking_normalize_method != "none":
         gain = np.tile(_exposure_gain(frames)[:, None], (1, channels))
     if settings.stacking_normalize_method == "linear_fit":
-        gain, stars = _gains(frames, measures, canvas, gain[:, 0], held)
+        gain, stars = _gains(frames, measures, canvas, gain[:, 0], held, workers)
         star_groups, scatter = stars.group, stars.rms
         unmatched = tuple(np.flatnonzero(stars.observations < _MIN_STARS).tolist())
         if settings.match_background_for_final:
-            plane, sky_groups = _skies(measures, maps, canvas, gain, held)
+            plane, sky_groups = _skies(measures, maps, canvas, gain, held, workers)
     elif settings.stacking_normalize_method == "sky_mean":
         plane[..., 0] = gain * sky - (gain * sky).mean(axis=0)
     noise = gain * np.array([m.noise for m in measures])
@@ -178,6 +179,7 @@ def _gains(
     canvas: Canvas,
     expected: Floats,
     held: Held | None,
+    workers: int,
 ) -> tuple[Floats, Solution]:
     xs, ys, who, flux, error = [], [], [], [], []
     for i, (frame, measure) in enumerate(zip(frames, measures, strict=True)):
@@ -199,11 +201,17 @@ def _gains(
         np.concatenate(error),
         expected,
         None if held is None else held.among(len(frames), held.gain),
+        workers,
     )
 
 
 def _skies(
-    measures: Sequence[FrameMeasure], maps: Sequence[PixelMap], canvas: Canvas, gain: Floats, held: Held | None
+    measures: Sequence[FrameMeasure],
+    maps: Sequence[PixelMap],
+    canvas: Canvas,
+    gain: Floats,
+    held: Held | None,
+    workers: int,
 ) -> tuple[Floats, NDArray[np.int64]]:
     spacing = int(np.median([m.block_px for m in measures]))
     samples = []
@@ -211,5 +219,5 @@ def _skies(
         node, x, y, u, v = canvas_nodes(pixel_map.window, spacing, canvas.shape[1])
         samples.append(sample_sky(measure.blocks, measure.block_px, pixel_map.at(x, y), node, u, v))
     fixed = None if held is None else held.among(len(measures), held.plane)
-    plane, solutions = solve_skies(samples, gain, np.array([m.block_noise for m in measures]), fixed)
+    plane, solutions = solve_skies(samples, gain, np.array([m.block_noise for m in measures]), fixed, workers)
     return plane, solutions[0].group if solutions else np.zeros(len(measures), np.int64)

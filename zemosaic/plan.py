@@ -33,6 +33,7 @@ from zemosaic.overlaps import OverlapGraph, overlap_graph, quad_mask
 from zemosaic.plan_map import coverage_png
 from zemosaic.plan_output import lots_text, plan_json, plan_lines
 from zemosaic.probe import Cost, run_probe
+from zemosaic.room import check_tile_room
 from zemosaic.settings import Settings
 from zemosaic.sphere import separation, to_vectors
 
@@ -178,7 +179,7 @@ def make_plan(
     """
     settings, quiet = settings or Settings(), _Progress(events or Events())
     try:
-        made, known = _without_forecast(inputs, settings, quiet, given_lots, output_folder)
+        made, known = _without_forecast(inputs, settings, sds, quiet, given_lots, output_folder)
     except FrameError as problem:
         raise PlanError(f"{problem.path}: {problem}") from problem
     except (CanvasError, OSError) as problem:
@@ -196,6 +197,7 @@ def make_plan(
 def _without_forecast(
     inputs: Sequence[Path],
     settings: Settings,
+    sds: bool | None,
     quiet: Events,
     given_lots: Sequence[Sequence[Path]] | None,
     output_folder: Path,
@@ -224,7 +226,7 @@ def _without_forecast(
         graph=graph,
         mixed=mixed_facts(layout.frames),
         forecast=None,
-        problems=_refusals(layout, settings, budget, output_folder),
+        problems=_refusals(layout, settings, sds, budget, output_folder),
         seconds=(_now() - start).wall,
     )
     return made, {"phase_scan": _now() - start}
@@ -321,11 +323,16 @@ def _panel_centres(layout: Layout, graph: OverlapGraph) -> tuple[NDArray[np.floa
     return vectors, _HINT_REACH * diagonal * layout.canvas.scale / 3600
 
 
-def _refusals(layout: Layout, settings: Settings, budget: int, output_folder: Path) -> tuple[str, ...]:
-    """What a run would say before it starts, if there is no room for its canvas."""
+def _refusals(
+    layout: Layout, settings: Settings, sds: bool | None, budget: int, output_folder: Path
+) -> tuple[str, ...]:
+    """What a run would say before it starts, if there is no room for its canvas or its mega-tiles."""
     channels = 1 if layout.frames[0].colour == "mono" else 3
     try:
         steps.check_room(layout.canvas, channels, budget, output_folder, Events(language=settings.language))
+        if worker.routes_for(settings, sds)[0] == "sds":
+            room = worker.tile_room(settings, budget, output_folder)
+            check_tile_room(sizes_of(layout, "sds", settings), settings, room)
     except CanvasError as problem:
         return (str(problem),)
     return ()

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from zemosaic.canvas import CanvasError
-from zemosaic.frames import Frame
-from zemosaic.layout import lay_out, sizes_of
 from zemosaic.settings import Settings
+
+if TYPE_CHECKING:
+    from zemosaic.layout import Sizes  # which needs the SDS route
 
 
 @dataclass(frozen=True)
@@ -39,20 +40,16 @@ class Room:
     product: int = 0
 
 
-def check_tile_room(
-    frames: Sequence[Frame], settings: Settings, room: Room, given_lots: Sequence[Sequence[Path]] | None = None
-) -> int:
+def check_tile_room(sizes: Sizes, settings: Settings, room: Room) -> int:
     """Refuse a run of the SDS route whose mega-tiles would not find room.
 
     Parameters
     ----------
-    frames : sequence of Frame
-        Those that will be stacked, as far as is known: with a WCS, in order of time.
+    sizes : Sizes
+        Of the run, as far as is known.
     settings : Settings
-        Canvas, lots and what is kept depend on them.
+        What is kept depends on them.
     room : Room
-    given_lots : sequence of sequence of Path, optional
-        As for a run.
 
     Returns
     -------
@@ -64,7 +61,6 @@ def check_tile_room(
     zemosaic.canvas.CanvasError
         If they would not find room, with the numbers and what to do.
     """
-    sizes = sizes_of(lay_out(frames, settings, given_lots), "sds", settings)
     need = sizes.tile_px * 4 * (sizes.channels + 2)  # image, coverage and weight
     place, free = _disk_room(settings, room)
     if need > room.resident + free:

@@ -140,7 +140,7 @@ def find_faults(found: Measures, lots: Sequence[LotLine], noise: Floats) -> tupl
 
 def _lot_faults(found: Measures, lots: Sequence[LotLine], noise: Floats) -> Iterator[Finding]:
     """Lots that are off in brightness, sky, position or sharpness."""
-    gains, skies, shifts = (sure(o) for o in (found.photometry.lots, found.levels.lots, found.astrometry.lots))
+    gains, skies, shifts = (sure(o) for o in (found.photometry.lots, found.levels.shown, found.astrometry.lots))
     for key, sizes in {
         "lot_gain": gains.max(axis=1, initial=0),
         "lot_sky": (skies / noise).max(axis=1, initial=0) if len(skies) else np.zeros(0),

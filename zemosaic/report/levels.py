@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 
 from zemosaic.levels import sample_sky
 from zemosaic.report.evidence import Evidence, Floats, Ints, SkyFacts
@@ -25,6 +26,7 @@ _FREE = 0.8  # share of the pixels around a node that hold no source
 _BETWEEN = 0.67  # a sample lies between four boxes, of which it is the mean: it scatters so much less than one
 _AGREED = 1.5  # times their errors, by which frames differ where there is nothing but sky
 _LEAST_STEADY = 20  # nodes
+_NEIGHBOURS = (1.3, 2.1)  # spacings of the nodes: near enough for one level, too far to share a box
 _ALIKE = 4.0  # neighbouring nodes share blocks, stars and the edges of frames: 16 of them count as one
 
 
@@ -36,8 +38,10 @@ class LevelFigures:
     ----------
     lots : Offsets
         ``(L, C)`` ADU, sky of every lot against the others, with what stacking did to it.
+    visible : ndarray
+        ``(L,)`` how much the share of a lot in the mosaic changes over the field, 0 … 1: as much of its offset shows.
     rms : ndarray
-        ``(C,)`` ADU, scatter of the residual map, wild values left out; NaN without frames.
+        ``(C,)`` ADU, scatter of the residual map without the noise of its nodes; NaN without frames.
     residual : ndarray
         ``(gy, gx)`` float32, ADU, residual map (green or grey); NaN where unknown.
     residual_px : float
@@ -49,20 +53,28 @@ class LevelFigures:
     """
 
     lots: Offsets
+    visible: Floats
     rms: Floats
     residual: FloatImage
     residual_px: float
     sky: FloatImage
     gradient: float
 
+    @property
+    def shown(self) -> Offsets:
+        """As much of the offsets and their errors as the mosaic shows."""
+        part = self.visible[:, None]
+        return replace(self.lots, value=self.lots.value * part, error=self.lots.error * part)
+
 
 def measure_levels(evidence: Evidence, surface: Surface) -> LevelFigures:
     """Offsets between lots, and the two maps."""
     channels = evidence.channels
     sky, gradient = _large_scale(surface)
-    offsets = Offsets.unknown(evidence.lots, channels)
+    offsets, visible = Offsets.unknown(evidence.lots, channels), np.ones(evidence.lots)
     rms, residual, px = np.full(channels, np.nan), np.full((1, 1), np.nan, np.float32), float(max(evidence.shape))
     if evidence.sky is not None and evidence.frames is not None and len(evidence.sky.node):
+        visible = _visible(_node_shares(evidence))
         evidence = replace(evidence, sky=_steady(evidence, np.nan_to_num(_lot_skies(evidence).value)))
         offsets = _lot_skies(evidence)
         x, y, stacking, shift = _node_residuals(evidence, surface, np.nan_to_num(offsets.value))
@@ -71,9 +83,9 @@ def measure_levels(evidence: Evidence, surface: Surface) -> LevelFigures:
         offsets = combined(offsets, _lot_stacking(evidence, stacking))
         if known.any():
             x, y, difference = x[known], y[known], difference[known]
-            rms = np.array([_rms(d) for d in difference.T])
+            rms = _coherent(x, y, difference)
             residual, px = _grid(evidence, x, y, difference[:, channels // 2])
-    return LevelFigures(offsets, rms, residual, px, sky, gradient)
+    return LevelFigures(offsets, visible, rms, residual, px, sky, gradient)
 
 
 def _steady(evidence: Evidence, offset: Floats) -> SkyFacts:
@@ -108,11 +120,26 @@ def _lot_skies(evidence: Evidence) -> Offsets:
 
 def _lot_stacking(evidence: Evidence, residual: Floats) -> Offsets:
     """What stacking did to the sky of the lots, ADU; `residual` is mosaic less frames at the nodes."""
+    found = stacked_offsets(_node_shares(evidence), residual)
+    return replace(found, error=_ALIKE * found.error)
+
+
+def _node_shares(evidence: Evidence) -> Floats:
+    """Share ``(n, L)`` of every lot in what the mosaic shows at the nodes."""
     frames, sky = evidence.frames, evidence.sky
     assert frames is not None and sky is not None
-    share = shares(sky.node, frames.lot[sky.frame], frames.weight[sky.frame].mean(axis=1), evidence.lots)
-    found = stacked_offsets(share, residual)
-    return replace(found, error=_ALIKE * found.error)
+    return shares(sky.node, frames.lot[sky.frame], frames.weight[sky.frame].mean(axis=1), evidence.lots)
+
+
+def _visible(share: Floats) -> Floats:
+    """How much of its offset each lot leaves as a patch, 0 … 1: the scatter of its share ``(n, L)`` over the field.
+
+    In units of what that is for a lot with the same part of the mosaic which is alone in some places and absent in all
+    others, the root of m (1 - m). Where the frames of all lots lie everywhere in like numbers, none shows.
+    """
+    mean = share.mean(axis=0)
+    most = np.sqrt(mean * (1 - mean))
+    return np.asarray(np.where(most > 0, share.std(axis=0) / np.maximum(most, 1e-9), 1.0))
 
 
 def _node_residuals(evidence: Evidence, surface: Surface, offset: Floats) -> tuple[Floats, Floats, Floats, Floats]:
@@ -152,10 +179,25 @@ def _level(x: Floats, y: Floats, value: Floats) -> Floats:
     return np.asarray(value - design @ np.linalg.lstsq(design, value, rcond=None)[0])
 
 
-def _rms(value: Floats) -> float:
-    """Root mean square without the wildest fiftieth (nodes on bright stars)."""
-    size = np.abs(value)
-    return float(np.sqrt(np.square(size[size <= np.percentile(size, 98)]).mean()))
+def _coherent(x: Floats, y: Floats, value: Floats) -> Floats:
+    """Root mean square ``(C,)`` of what nodes near each other have in common; NaN where there are no such pairs.
+
+    Their noise, stars and nebula they have not: boxes and samples of nodes `_NEIGHBOURS` apart are not the same. So
+    the mean product of two is the variance of the level alone. The wildest fiftieth (bright stars) is left out.
+    """
+    points = np.stack([x, y], axis=1)
+    tree = cKDTree(points)
+    spacing = float(np.median(tree.query(points, 2)[0][:, 1])) if len(x) > 1 else 0.0
+    pairs = tree.query_pairs(_NEIGHBOURS[1] * spacing, output_type="ndarray")
+    distance = np.hypot(*(points[pairs[:, 0]] - points[pairs[:, 1]]).T)
+    pairs = pairs[distance >= _NEIGHBOURS[0] * spacing]
+    rms = np.full(value.shape[1], np.nan)
+    for c, column in enumerate(value.T):
+        size = np.abs(column - np.median(column))
+        first, second = pairs[(size <= np.percentile(size, 98))[pairs].all(axis=1)].T
+        if len(first):
+            rms[c] = np.sqrt(max(float((column[first] * column[second]).mean()), 0.0))
+    return rms
 
 
 def _grid(evidence: Evidence, x: Floats, y: Floats, value: Floats) -> tuple[FloatImage, float]:

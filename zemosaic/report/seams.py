@@ -172,8 +172,9 @@ def measure_seams(evidence: Evidence, surface: Surface) -> SeamFigures:
     control, good = control.take(control.known), own.known
     borders, own, noise = borders.take(good), own.take(good), noise[good]
     # Pieces where the coverage changes lie cell by cell and overlap; those of an outline do not.
-    pieces = len(borders) if evidence.frames is not None else len(borders) / 8
-    chance = _chances(control, own, [_bound(q, pieces) for q in (50, 95, 100)])
+    apart = 1 if evidence.frames is not None else 8
+    few = 1 / (apart / max(len(borders), 1) + apart / max(len(control.size), 1))
+    chance = _chances(control, own, [_bound(q, few) for q in (50, 95, 100)])
     beyond = [_beyond(np.abs(own.size), limit) for limit in chance]
     p50, p95, top = (_percentile(b, q) for b, q in zip(beyond, (50, 95, 100), strict=True))
     p50_adu, p95_adu, top_adu = (_percentile(b * noise, q) for b, q in zip(beyond, (50, 95, 100), strict=True))
@@ -301,9 +302,9 @@ def _sharp(surface: Surface, borders: Borders, near: float) -> tuple[NDArray, ND
     """S at `_SHARP_LINES` of the module's formulae, and the curvature beside them, ``(m, 3, 2, C)`` each."""
     reach = (near, 2 * near, 3 * near)
     sky = _beside(surface, borders, np.array(_SHARP_LINES), reach, fine=near < CELL)
-    edge = np.tensordot(np.array(_SHARP, np.float32), sky[:, 1] - sky[:, 0], (0, 2))
-    bend = nan_median(np.tensordot(np.array(_CURVE, np.float32), sky, (0, 3)), 0.4)
-    return nan_median(edge, 0.4), np.abs(bend).max(axis=1)
+    edge = np.tensordot(np.array(_SHARP, np.float32), nan_median(sky[:, 1] - sky[:, 0], 0.4), (0, 2))
+    bend = np.tensordot(np.array(_CURVE, np.float32), nan_median(sky, 0.4), (0, 3))
+    return edge, np.abs(bend).max(axis=1)
 
 
 def _beside(

@@ -149,7 +149,7 @@ def _values(found: Measures, surface: Surface) -> dict[str, Floats | float]:
         "seam_max": seams.max,
         "block_step_p99": seams.block_p99 / noise,
         "block_step_p99_adu": seams.block_p99,
-        "lot_sky": _largest(levels.lots) / noise,
+        "lot_sky": _largest(levels.shown) / noise,
         "level_rms": levels.rms / noise,
         "level_rms_adu": levels.rms,
         "lot_gain": float(_largest(stars.lots).max()),
