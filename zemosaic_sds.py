@@ -24,7 +24,7 @@ from zemosaic.canvas import Canvas
 from zemosaic.coadd import Sub, block_side, deepest
 from zemosaic.combine import Clip, combine
 from zemosaic.events import Events
-from zemosaic.execute import thread_map
+from zemosaic.execute import Result, thread_map
 from zemosaic.frames import Frame
 from zemosaic.job import Workbench
 from zemosaic.resume import go_on
@@ -382,9 +382,9 @@ def _kept(lot: Lot, made: Stack, store: ArrayStore, seconds: float) -> tuple[Til
 # --- gain renormalisation -----------------------------------------------------------------------------------
 
 
-def choose_reference(tiles: Sequence[Tile]) -> int:
+def choose_reference(tiles: Sequence[Tile], rest: Callable[[], None] = lambda: None, workers: int = 1) -> int:
     """The mega-tile with the greatest coverage weight; without any coverage the central one, else the first."""
-    weights = np.array([float(np.sum(t.coverage, dtype=np.float64)) for t in tiles])
+    weights = np.array(_of_each(lambda t: float(np.sum(t.coverage, dtype=np.float64)), tiles, rest, workers))
     if weights.max(initial=0.0) > 0:
         return int(np.argmax(weights))
     middles = np.array([[t.window.y0 + t.window.y1, t.window.x0 + t.window.x1] for t in tiles], float)
@@ -414,11 +414,8 @@ def renormalise_gains(
     Gains
         Finite and positive; what cannot be computed is 1 and listed.
     """
-    reference = choose_reference(tiles)
-    medians = []
-    for median in thread_map(_tile_median, tiles, workers):
-        medians.append(median)
-        rest()
+    reference = choose_reference(tiles, rest, workers)
+    medians = _of_each(_tile_median, tiles, rest, workers)
     with np.errstate(divide="ignore", invalid="ignore"):
         gains = np.float64(medians[reference]) / np.array(medians)
     solved = {reference}
@@ -432,13 +429,23 @@ def renormalise_gains(
     return Gains(reference, tuple(medians), tuple(gains.tolist()), tuple(np.flatnonzero(bad).tolist()), isolated)
 
 
+def _of_each(
+    work: Callable[[Tile], Result], tiles: Sequence[Tile], rest: Callable[[], None], workers: int
+) -> list[Result]:
+    """``work`` on every tile, with a `rest` after each."""
+    made = []
+    for done in thread_map(work, tiles, workers):
+        made.append(done)
+        rest()
+    return made
+
+
 def _carry_gains(
     tiles: Sequence[Tile], reference: int, gains: NDArray[np.float64], rest: Callable[[], None], workers: int
 ) -> set[int]:
     """Fill in `gains` outwards from the reference through shared pixels; returns the tiles that were reached."""
     step = 8 if min(min(tile.window.shape) for tile in tiles) > 64 else 1
-    masks = [_coarse_mask(tile, step) for tile in tiles]
-    rest()
+    masks = _of_each(partial(_coarse_mask, step=step), tiles, rest, workers)
     shared = _shared_table(masks)
     compared = _compared(tiles, reference, shared, rest, workers)
     waiting = np.ones(len(tiles), np.bool_)

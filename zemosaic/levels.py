@@ -92,13 +92,12 @@ def solve_common(
     -------
     Solution
     """
-    frames, width = prior.shape
+    frames = len(prior)
     weight = 1 / sigma**2
     seen = np.bincount(common)
     tied = seen[common] > 1
     group = _groups(common[tied], frame[tied], frames)
     _, common = np.unique(common, return_inverse=True)
-    columns = frame[:, None] * width + np.arange(width)
     deep = None
     if prior.size > _FEW and len(value) >= _DEEP * (common.max(initial=0) + 1):
         deep = ReducedEquations(common, frame, design, value, prior, prior_sigma)
@@ -111,8 +110,8 @@ def solve_common(
         if deep is not None:
             unknowns = deep.solve(w, before)
         else:
-            unknowns = _solve_formed(common, columns, design, value, w, prior, prior_sigma)
-        fitted = (design * unknowns.reshape(-1)[columns]).sum(axis=1)
+            unknowns = _solve_formed(common, frame, design, value, w, prior, prior_sigma)
+        fitted = np.einsum("np,np->n", design, unknowns[frame])
         total = np.bincount(common, w)
         centre = np.bincount(common, w * (value - fitted)) / np.maximum(total, 1e-300)
         residual = (value - fitted - centre[common]) * np.sqrt(weight)
@@ -128,7 +127,7 @@ def solve_common(
 
 def _solve_formed(
     common: Ints,
-    columns: Ints,
+    frame: Ints,
     design: Floats,
     value: Floats,
     w: Floats,
@@ -139,6 +138,7 @@ def _solve_formed(
     size, width = prior.size, prior.shape[1]
     precision = 1 / prior_sigma.reshape(-1) ** 2
     rows = np.repeat(np.arange(len(value)), width)
+    columns = frame[:, None] * width + np.arange(width)
     x = csr_array((design.reshape(-1), (rows, columns.reshape(-1))), shape=(len(value), size))
     wx = diags_array(w) @ x
     total = np.bincount(common, w)
@@ -360,10 +360,12 @@ def solve_skies(
     solutions : list of Solution
         One per channel.
     """
-    frame = np.repeat(np.arange(len(samples)), [len(s.node) for s in samples])
-    node, u, v = (np.concatenate([getattr(s, name) for s in samples]) for name in ("node", "u", "v"))
+    frames = len(samples)
+    frame = np.repeat(np.arange(frames), [len(s.node) for s in samples])
+    node = np.concatenate([s.node for s in samples])
     raw = np.concatenate([s.value for s in samples])
-    design = np.stack([np.ones_like(u), u, v], axis=1)
+    design = np.concatenate([np.c_[np.ones_like(s.u), s.u, s.v] for s in samples])
+    del samples  # as large as all that was made of them, if the caller has let go of them
     held = np.full((*gain.shape, 3), np.nan) if held is None else held
     fixed = np.asarray(np.isfinite(held).all(axis=(1, 2)), np.bool_)
     if not len(raw):
@@ -373,7 +375,7 @@ def solve_skies(
         value, sigma = raw[:, c] * gain[frame, c], (noise[:, c] * gain[:, c])[frame]
         sky = max(abs(float(np.median(value))), float(np.median(sigma)))
         # Removing the median keeps the numbers small; it comes back through the common sky.
-        width = np.tile(sky * np.array([1.0, _PLANE_PRIOR, _PLANE_PRIOR]), (len(samples), 1))
+        width = np.tile(sky * np.array([1.0, _PLANE_PRIOR, _PLANE_PRIOR]), (frames, 1))
         width[fixed] = _HELD * sky
         prior = np.where(fixed[:, None], held[:, c], 0)
         return solve_common(node, frame, design, value - np.median(value), sigma, prior, width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from zemosaic.canvas import Canvas, pixel_scale
 from zemosaic.frames import Frame
 from zemosaic.levels import (
     Adjustment,
+    SkySamples,
     Solution,
     canvas_nodes,
     match_positions,
@@ -90,6 +92,7 @@ class Held:
 
 _MIN_STARS = 3  # star fluxes a frame must share for its gain to count as measured
 _MATCH_RADIUS = 3.0  # canvas pixels
+_MOST_SAMPLES = 4_000_000  # of sky, of all frames: each takes some 200 bytes while the levels are solved
 
 
 def match_frames(
@@ -205,6 +208,16 @@ def _gains(
     )
 
 
+def _spacing(measures: Sequence[FrameMeasure], maps: Sequence[PixelMap]) -> int:
+    """Canvas pixels between the nodes that the skies of all frames are compared at.
+
+    As close as the sky was measured; wider where there are so many frames that their samples would fill the memory.
+    """
+    closest = int(np.median([m.block_px for m in measures]))
+    samples = sum(m.window.area for m in maps) / closest**2
+    return closest * math.ceil(math.sqrt(samples / _MOST_SAMPLES))
+
+
 def _skies(
     measures: Sequence[FrameMeasure],
     maps: Sequence[PixelMap],
@@ -213,11 +226,13 @@ def _skies(
     held: Held | None,
     workers: int,
 ) -> tuple[Floats, NDArray[np.int64]]:
-    spacing = int(np.median([m.block_px for m in measures]))
-    samples = []
-    for measure, pixel_map in zip(measures, maps, strict=True):
+    spacing = _spacing(measures, maps)
+
+    def sampled(measure: FrameMeasure, pixel_map: PixelMap) -> SkySamples:
         node, x, y, u, v = canvas_nodes(pixel_map.window, spacing, canvas.shape[1])
-        samples.append(sample_sky(measure.blocks, measure.block_px, pixel_map.at(x, y), node, u, v))
+        return sample_sky(measure.blocks, measure.block_px, pixel_map.at(x, y), node, u, v)
+
     fixed = None if held is None else held.among(len(measures), held.plane)
-    plane, solutions = solve_skies(samples, gain, np.array([m.block_noise for m in measures]), fixed, workers)
+    noise = np.array([m.block_noise for m in measures])
+    plane, solutions = solve_skies(list(map(sampled, measures, maps)), gain, noise, fixed, workers)
     return plane, solutions[0].group if solutions else np.zeros(len(measures), np.int64)

@@ -45,10 +45,11 @@ class ReducedEquations:
         self, common: Ints, frame: Ints, design: Floats, value: Floats, prior: Floats, prior_sigma: Floats
     ) -> None:
         frames = len(prior)
-        self._order = np.argsort(frame, kind="stable")
+        ordered = bool((np.diff(frame) >= 0).all())
+        self._order = slice(None) if ordered else np.argsort(frame, kind="stable")  # without a copy where it can be
         self._starts = np.concatenate([[0], np.cumsum(np.bincount(frame, minlength=frames))])
         self._common = common[self._order].astype(np.uint32)  # negative ones need not be thought of
-        self._design, self._value = np.ascontiguousarray(design[self._order]), value[self._order]
+        self._design, self._value = np.ascontiguousarray(design[self._order]), np.ascontiguousarray(value[self._order])
         self._prior, self._precision = prior, 1 / prior_sigma**2
         self._commons = int(self._common.max()) + 1
         self._group_of: Ints | None = None  # group of each of `_members`
