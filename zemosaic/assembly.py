@@ -105,17 +105,19 @@ def assemble(
         for index, sub in enumerate(tiles):
             progress(index, len(tiles))
             pixels = read(sub.frame)
-            rims.append((sub.noise * np.sqrt(_typical(pixels.coverage)), []))
             work = partial(sampled, sub=sub, pixels=pixels)
+            windows = []
             for found in thread_map(work, sub.window.blocks(_BLOCK), workers):
                 if found is not None:
                     block, samples = found
-                    shallow = samples[-1] < _DEEP
-                    made.add(block, np.where(shallow, np.float32(0), samples))
-                    for rim in _rims(shallow & (samples[-1] > 0), block):
+                    deep = samples[-1] >= _DEEP
+                    made.add(block, np.where(deep, samples, np.float32(0)))
+                    rest = np.where(deep, np.float32(0), samples)
+                    for rim in _rims(rest[-1] > 0, block):
                         ys, xs = rim.within(block)
-                        np.save(spool, np.where(shallow, samples, np.float32(0))[:, ys, xs])
-                        rims[-1][-1].append(rim)
+                        np.save(spool, rest[:, ys, xs])
+                        windows.append(rim)
+            rims.append((sub.noise * np.sqrt(_typical(pixels.coverage)), windows))
         spool.seek(0)
         settled = made.coverage > 0
         for noise, windows in rims:

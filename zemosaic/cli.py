@@ -579,4 +579,4 @@ class _Bars(_Lines):
 def _speed(rate: float) -> str:
     if not rate:
         return ""
-    return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+    return f"{rate:.1f}/s" if rate >= 1 else f"1 / {1 / rate:.1f} s"
