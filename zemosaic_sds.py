@@ -593,36 +593,30 @@ def stack_megatiles(
     method, k = settings.global_coadd_method, settings.global_coadd_k
     names = {"kappa_sigma": "kappa_sigma", "winsorized": "winsorized_sigma_clip"}
     clip = Clip(names.get(method, "none"), k, k)  # type: ignore[arg-type]
-    unit = []
-    for tile, gain in zip(tiles, gains, strict=True):
-        unit.append(_unit_noise(tile) * gain)
-        store.release()  # one mapped tile after the other, not all at once
+    noise = _of_each(_unit_noise, tiles, store.release, bench.workers)
+    unit = [each * gain for each, gain in zip(noise, gains, strict=True)]
     sky32 = sky.astype(np.float32)
     image = np.full((*canvas.shape, channels), np.nan, np.float32)
     coverage = np.zeros(canvas.shape, np.float32)
     events.info("global_coadd_start", tiles=len(tiles), method=method)
     start = time.perf_counter()
 
-    def work(block: Window) -> tuple[Window, FloatImage, FloatImage] | None:
+    def work(block: Window) -> None:
         events.check_stop()
         halo = block.grow(1)
         layers = [
             _layer(t, g, u, halo) for t, g, u in zip(tiles, gains, unit, strict=True) if halo.intersect(t.window).area
         ]
         if not layers:
-            return None
+            return
         stack, sigma, weight = (np.stack([layer[k] for layer in layers], axis=1) for k in range(3))
         result, keep = combine(stack, sigma, weight, sky32, clip, use_median=method == "median")
         inner = block.within(halo)
         depth = np.einsum("nhw,nhw->hw", keep, np.stack([layer[3] for layer in layers]))
-        return block, result[inner], depth[inner]
+        image[block.slices], coverage[block.slices] = result[inner], depth[inner]
 
     blocks = list(Window.of_shape(canvas.shape).blocks(block_side(deepest([t.window for t in tiles]), channels)))
-    for done, made in enumerate(thread_map(work, blocks, bench.workers), start=1):
-        if made is not None:
-            block, result, depth = made
-            image[block.slices] = result
-            coverage[block.slices] = depth
+    for done, _ in enumerate(thread_map(work, blocks, bench.workers), start=1):
         if done % 16 == 0 or done == len(blocks):
             store.release()  # often: the system maps a wide neighbourhood of what is looked at
             events.progress("sds_stack", done, len(blocks))

@@ -131,7 +131,7 @@ def coadd(
     even = similar_noise(subs) if even is None else even
     noise, weights = (np.array([getattr(s, name) for s in subs], np.float32) for name in ("noise", "weight"))
 
-    def work(block: Window) -> tuple[Window, FloatImage, tuple[NDArray, ...], list[int]] | None:
+    def work(block: Window) -> tuple[list[int], NDArray[np.int64], NDArray[np.int64]] | None:
         check_stop()
         # One pixel more on every side: rejection looks at the brightest neighbour.
         halo = block.grow(1)
@@ -142,18 +142,18 @@ def coadd(
         sigma, weight = noise[who].T, weights[who].T
         result, keep = combine(stack, sigma, weight, sky32, clip, use_median=use_median, even=even, valid=valid)
         ys, xs = block.within(halo)
-        return block, result[ys, xs], tally(valid[:, ys, xs], keep[:, ys, xs], weight.mean(axis=0)), who
+        at = block.within(window)
+        image[at] = result[ys, xs]
+        coverage[at], share[at], taken, out = tally(valid[:, ys, xs], keep[:, ys, xs], weight.mean(axis=0))
+        return who, taken, out
 
     blocks = window.blocks(block_side(deepest([sub.window for sub in subs]), channels)) if subs else ()
     for done in thread_map(work, blocks, workers):
         if done is None:
             continue
-        block, result, books, who = done
-        at = block.within(window)
-        image[at] = result
-        coverage[at], share[at] = books[:2]
-        used[who] += books[2]
-        rejected[who] += books[3]
+        who, taken, out = done
+        used[who] += taken
+        rejected[who] += out
     tile = Tile(window, image if channels == 3 else image[..., 0], coverage, share)
     return Coadd(tile, used, rejected)
 
