@@ -401,8 +401,8 @@ def renormalise_gains(
     tiles : sequence of Tile
         Mega-tiles.
     scope : {"shared", "tile"}
-        ``shared`` takes both medians over the pixels two tiles share and carries gains through the overlaps
-        to tiles that do not touch the reference; ``tile`` compares the medians of whole tiles, which
+        ``shared`` takes the median of the ratio over the pixels two tiles share and carries gains through the
+        overlaps to tiles that do not touch the reference; ``tile`` compares the medians of whole tiles, which
         mistakes a brighter sky or a nebula for a gain. A tile without overlap gets the latter.
     rest : callable
         Called after every tile that was looked at: lets go of memory-mapped arrays.
@@ -461,9 +461,9 @@ def _carry_gains(
         against = [reference] if direct[i] > 0 else np.flatnonzero(~waiting & (shared[i] > 0)).tolist()
         logs, weights = [], []
         for j in against:
-            theirs, own, pixels = compared.get((j, i)) or shared_medians(tiles[j], tiles[i])
-            if pixels >= _MIN_SHARED and theirs > 0 and own > 0:
-                logs.append(np.log(gains[j] * theirs / own))
+            ratio, pixels = compared.get((j, i)) or shared_ratio(tiles[j], tiles[i])
+            if pixels >= _MIN_SHARED and np.isfinite(ratio):
+                logs.append(np.log(gains[j] * ratio))
                 weights.append(pixels)
         if logs:
             gains[i] = np.exp(np.average(logs, weights=weights))
@@ -476,8 +476,8 @@ def _carry_gains(
 
 def _compared(
     tiles: Sequence[Tile], reference: int, shared: NDArray[np.int64], rest: Callable[[], None], workers: int
-) -> dict[tuple[int, int], tuple[float, float, int]]:
-    """`shared_medians` of the pairs that carry gains: of the reference with all that touch it, and of those that do
+) -> dict[tuple[int, int], tuple[float, int]]:
+    """`shared_ratio` of the pairs that carry gains: of the reference with all that touch it, and of those that do
     not with all their neighbours. Only where one of them leads nowhere others are needed."""
     far = shared[reference] == 0
     far[reference] = False
@@ -485,9 +485,9 @@ def _compared(
     wanted[reference] |= shared[reference] > 0
     pairs = np.argwhere(np.triu(wanted | wanted.T, 1)).tolist()
     found = {}
-    medians = thread_map(lambda pair: shared_medians(tiles[pair[0]], tiles[pair[1]]), pairs, workers)
-    for (a, b), (first, second, pixels) in zip(pairs, medians, strict=True):
-        found[a, b], found[b, a] = (first, second, pixels), (second, first, pixels)
+    ratios = thread_map(lambda pair: shared_ratio(tiles[pair[0]], tiles[pair[1]]), pairs, workers)
+    for (a, b), (ratio, pixels) in zip(pairs, ratios, strict=True):
+        found[a, b], found[b, a] = (ratio, pixels), (1 / ratio, pixels)
         rest()
     return found
 
@@ -504,25 +504,28 @@ def _shared_table(masks: Sequence[tuple[Window, NDArray[np.bool_]]]) -> NDArray[
     return shared
 
 
-def shared_medians(a: Tile, b: Tile) -> tuple[float, float, int]:
-    """Medians of two tiles over the pixels that both cover, and the number of those pixels.
+def shared_ratio(a: Tile, b: Tile) -> tuple[float, int]:
+    """Median of a / b over the pixels that both tiles cover, and the number of those pixels.
 
-    The pixels are averaged in small boxes first. A median follows the noise wherever the sky is not flat: of two
-    tiles of the same nebula the noisier one would have a different median, by 1 % in a real case.
+    The median of the ratios, not the ratio of the medians: where the sky is not flat, noise moves a tile's median along
+    its slopes, by 1 % in a real nebula. For the same reason the pixels are averaged in small boxes first.
     """
     box = a.window.intersect(b.window)
     parts = [(t.coverage[box.within(t.window)] > 0, t.image[box.within(t.window)]) for t in (a, b)]
     both = parts[0][0] & parts[1][0]
     count = int(both.sum())
     if not count:
-        return float("nan"), float("nan"), 0
+        return float("nan"), 0
     first, second = (np.where(both, _grey(image), np.float32(np.nan)) for _, image in parts)
     side = max(1, min(_BOX_PX, math.isqrt(count) // _BOX_PX))
     boxes = [_box_means(image, side) for image in (first, second)]
     whole = np.isfinite(boxes[0]) & np.isfinite(boxes[1])
     if whole.sum() < _MIN_SHARED:  # an overlap too thin to hold boxes
         boxes, whole = [first, second], both
-    return _median(boxes[0], whole), _median(boxes[1], whole), count
+    light = whole & np.logical_and.reduce([np.isfinite(values) & (values > 0) for values in boxes])
+    if 2 * light.sum() <= whole.sum():  # sky about zero: a ratio means nothing
+        return float("nan"), count
+    return _median(np.divide(boxes[0], boxes[1], where=light, out=boxes[0]), light), count
 
 
 def _box_means(image: FloatImage, side: int) -> FloatImage:

@@ -39,7 +39,7 @@ from zemosaic_sds import (
     plan_lots,
     polish,
     renormalise_gains,
-    shared_medians,
+    shared_ratio,
     stack_lot,
     stack_megatiles,
 )
@@ -402,12 +402,26 @@ def test_a_noisy_tile_of_a_nebula_gets_the_same_gain_as_a_clean_one():
     assert renormalise_gains([clean, noisy], "shared").gains == pytest.approx((1, 1), abs=1e-3)
 
 
-def test_shared_medians_are_those_of_the_common_pixels():
+def test_the_shared_ratio_is_that_of_the_common_pixels():
     coverage = np.ones((100, 60))
     coverage[:50] = 0
-    first, second, count = shared_medians(tile_at(LEFT, 1000), tile_at(RIGHT, 700, coverage))
-    assert (first, second, count) == (1000, 700, 50 * 20)
-    assert shared_medians(tile_at(STRIP[0], 1), tile_at(STRIP[2], 1))[2] == 0
+    left, right = tile_at(LEFT, 1000), tile_at(RIGHT, 700, coverage)
+    assert shared_ratio(left, right) == (pytest.approx(10 / 7), 50 * 20)
+    assert shared_ratio(right, left) == (pytest.approx(7 / 10), 50 * 20)
+    assert shared_ratio(tile_at(STRIP[0], 1), tile_at(STRIP[2], 1))[1] == 0
+
+
+def test_a_steep_nebula_under_two_thin_stacks_makes_no_gain():
+    """Sorted apart, each stack's median lies on another place of the slope; box by box they agree."""
+    off = [abs(renormalise_gains([nebula(60, 2 * i), nebula(60, 2 * i + 1)], "shared").gains[1] - 1) for i in range(5)]
+    assert max(off) < 1e-3
+
+
+def test_a_sky_about_zero_tells_no_gain():
+    rng = np.random.default_rng(3)
+    tiles = [tile_at(WHOLE, rng.normal(0, 5, (100, 100))) for _ in range(2)]
+    made = renormalise_gains(tiles, "shared")
+    assert made.gains == (1, 1) or made.isolated
 
 
 # --- global stack -----------------------------------------------------------------------------------------
