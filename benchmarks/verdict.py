@@ -29,7 +29,10 @@ from scipy.stats import spearmanr
 import zemosaic_worker
 from zemosaic.coadd import Sub
 from zemosaic.product import wcs_cards
-from zemosaic.report.evidence import evidence_of_run
+from zemosaic.report.evidence import Evidence, evidence_of_run
+from zemosaic.report.noise import binned_noise
+from zemosaic.report.seams import BLOCK_CELLS
+from zemosaic.report.surface import CELL, measure_surface
 from zemosaic.report.verdict import Verdict, judge
 from zemosaic.settings import Settings
 from zemosaic.tiles import Mosaic
@@ -104,11 +107,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One mosaic, judged twice."""
+    """One mosaic, judged twice; `noise`: `block_noise`."""
 
     fault: Fault
     verdict: Verdict
     score: dict[str, float]
+    noise: float
 
 
 def examine(fault: Fault, subs: Path, folder: Path, bench: Path) -> Row:
@@ -118,7 +122,8 @@ def examine(fault: Fault, subs: Path, folder: Path, bench: Path) -> Row:
     path = folder / f"{fault.name.replace(' ', '_')}.fits"
     planes = fits.PrimaryHDU(np.moveaxis(mosaic.image, -1, 0), wcs_cards(mosaic.wcs, 3))
     fits.HDUList([planes, fits.ImageHDU(mosaic.coverage, name="COVERAGE")]).writeto(path, overwrite=True)
-    row = Row(fault, judge(evidence), json.loads(_run([bench / "score.py", path, f"{subs}_truth", "--json"])))
+    score = json.loads(_run([bench / "score.py", path, f"{subs}_truth", "--json"]))
+    row = Row(fault, judge(evidence), score, block_noise(evidence))
     print(f"{fault.name:14s} {row.verdict.grade:5s}", *(f.text() for f in row.verdict.findings[:3]), flush=True)
     return row
 
@@ -235,10 +240,24 @@ def _own(row: Row, pair: tuple[str, str]) -> float:
     figure = row.verdict.figure(pair[0])
     value = figure.channels[len(figure.channels) // 2] if figure.channels else figure.value
     if pair[0] == "level_rms_adu":
-        # The scorer's blocks of 24 px are noisy: a median scatters 1.25 times as much as a mean.
-        noise = row.verdict.measures.noise.binned
-        value = float(np.hypot(value, 1.25 * noise[len(noise) // 2] / 24))
+        value = float(np.hypot(value, row.noise))  # the level is without noise, the scorer's blocks are not
     return value
+
+
+def block_noise(evidence: Evidence) -> float:
+    """Error, rms over the mosaic, of the medians of the scorer's blocks of 24 px in green, ADU.
+
+    A median scatters 1.25 times as much as a mean of the pixels that stars leave.
+    """
+    surface = measure_surface(evidence)
+    side = BLOCK_CELLS * CELL
+    h, w = (size // BLOCK_CELLS for size in surface.free.shape)
+    cells = surface.free[: h * BLOCK_CELLS, : w * BLOCK_CELLS]
+    free = cells.reshape(h, BLOCK_CELLS, w, BLOCK_CELLS).mean(axis=(1, 3))
+    noise = binned_noise(surface)[..., surface.channels // 2]
+    i, j = (np.arange(n) * side // surface.region for n in (h, w))
+    square = (1.25 * noise[np.ix_(i, j)] / side) ** 2 / np.where(free > 0.4, free, np.nan)
+    return float(np.sqrt(np.nanmean(square)))
 
 
 def _true(row: Row, pair: tuple[str, str]) -> float:

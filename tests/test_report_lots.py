@@ -14,8 +14,8 @@ from report_field import PLACE_NOISE, STAR_NOISE, Fault, blank, invent, measured
 from zemosaic.report.astrometry import match_catalogue, measure_astrometry
 from zemosaic.report.evidence import Catalogue, Evidence
 from zemosaic.report.levels import measure_levels
-from zemosaic.report.lots import average, combined, lot_offsets, match_stars, shares, stacked_offsets, sure
-from zemosaic.report.photometry import GRID, measure_photometry
+from zemosaic.report.lots import agreeing, average, combined, lot_offsets, match_stars, shares, stacked_offsets, sure
+from zemosaic.report.photometry import GRID, between_variance, measure_photometry
 from zemosaic.report.surface import MosaicStars
 
 
@@ -76,6 +76,27 @@ def test_few_shared_things_raise_no_alarm():
         found = lot_offsets(common, lot, value, np.ones_like(value), 4, 1e3)
         alarms += int((sure(found) > 0).sum())
     assert alarms <= 1
+
+
+@pytest.mark.parametrize(("shared", "least", "most"), [(4, 2.0, 30.0), (400, 1.0, 1.1)])
+def test_errors_are_wider_than_standard_errors_where_few_are_shared(shared: int, least: float, most: float):
+    common, lot, value = chain(np.zeros(4), 3, shared=shared)
+    found = lot_offsets(common, lot, value, np.ones_like(value), 4, 1e3)
+    known = np.isfinite(found.error)
+    assert known.any()
+    assert np.all(
+        (found.error[known] >= least * found.sigma[known]) & (found.error[known] <= most * found.sigma[known])
+    )
+
+
+def test_few_values_that_agree_by_chance_do_not_make_errors_small():
+    """Two stars a lot, all alike: that the errors are as large as stated counts for some degrees of freedom."""
+    common, lot, value = chain(np.zeros(3), shared=5, noise=1e-3)
+    one, other = (lot_offsets(common, lot, value, np.ones_like(value), 3, 1e3, stated=s) for s in (0.0, 5.0))
+    assert one.sigma.max() < 0.01 < 0.2 < other.sigma.min()
+    common, lot, value = chain(np.zeros(3), shared=2000, noise=0.5)
+    one, other = (lot_offsets(common, lot, value, np.ones_like(value), 3, 1e3, stated=s) for s in (0.0, 5.0))
+    assert other.sigma == pytest.approx(one.sigma, rel=0.02)
 
 
 def test_a_floor_stays_however_many_are_shared():
@@ -166,6 +187,21 @@ def test_gain_error_of_a_lot_shows_in_the_map(good: tuple[Evidence, MosaicStars]
     assert figures.uniformity.min() > 8
 
 
+def test_hot_pixel_in_one_frame_is_no_gain_of_its_lot(good: tuple[Evidence, MosaicStars]):
+    """One frame in eight sees every fifth star half as bright again: neither lots nor scatter may tell of it."""
+    evidence, mosaic = good
+    flux = evidence.stars.flux.copy()
+    hit = (evidence.stars.frame == 17) & (np.arange(len(flux)) % 5 == 0)
+    flux[hit, 0] *= 1.5
+    spotted = replace(evidence, stars=replace(evidence.stars, flux=flux))
+    matched = match_stars(spotted, mosaic)
+    wrong = ~agreeing(matched, 0.01)
+    assert wrong.sum() > 5 and np.all(matched.frame[wrong] == 17)
+    clean, found = (measure_photometry(e, mosaic, match_stars(e, mosaic)) for e in (evidence, spotted))
+    assert found.scatter == pytest.approx(clean.scatter, rel=0.05)
+    assert found.lots.value == pytest.approx(clean.lots.value, abs=1.0)
+
+
 def test_positions_of_a_good_mosaic(good: tuple[Evidence, MosaicStars]):
     evidence, mosaic = good
     figures = measure_astrometry(evidence, mosaic, match_stars(evidence, mosaic))
@@ -208,7 +244,48 @@ def test_level_map_shows_what_the_mosaic_alone_has(good: tuple[Evidence, MosaicS
     stepped = replace(evidence, image=image)
     bent = measure_levels(stepped, measured(stepped)[0])
     assert np.nanmean(bent.residual[:, -4:]) - np.nanmean(bent.residual[:, :6]) == pytest.approx(10, abs=1.5)
-    assert flat.rms.max() < 1.5 < 3 < bent.rms.min()
+    assert flat.rms.max() < 0.5 < 3 < bent.rms.min()
+
+
+def test_level_map_has_no_noise_in_its_figure():
+    """Nodes ten times as noisy do not make the sky uneven; patches do."""
+    evidence = invent(seed=8)
+    noisy = evidence.sky.value + np.random.default_rng(1).normal(0, 15, evidence.sky.value.shape)
+    sky = replace(evidence.sky, value=noisy, error=10 * evidence.sky.error)
+    assert measure_levels(replace(evidence, sky=sky), measured(evidence)[0]).rms.max() < 1.5
+
+
+@pytest.mark.parametrize("shuffled", [False, True], ids=["one lot a panel", "all lots everywhere"])
+def test_lot_counts_as_far_as_it_leaves_a_patch(good: tuple[Evidence, MosaicStars], shuffled: bool):
+    evidence = good[0] if shuffled else invent(Fault(sky=4.0))
+    if shuffled:  # a quarter of the frames at every place belong to the lot: the mosaic is brighter, but evenly so
+        lot = np.arange(32) % 4
+        sky = replace(evidence.sky, value=evidence.sky.value + 4.0 * (lot == 2)[evidence.sky.frame, None])
+        evidence = replace(evidence, frames=replace(evidence.frames, lot=lot), sky=sky)
+    found = measure_levels(evidence, measured(evidence)[0])
+    assert found.lots.value[2] == pytest.approx(4, abs=0.5)
+    size = sure(found.shown)[2]
+    assert np.all(size < 1.2) if shuffled else np.all(size > 2.4)
+
+
+def test_stars_on_uneven_sky_are_not_calm(good: tuple[Evidence, MosaicStars]):
+    evidence, mosaic = good
+    column = np.arange(evidence.shape[1], dtype=np.float32)
+    ripple = 60 * np.sin(column / 7) * (column < 300)
+    uneven = measured(replace(evidence, image=evidence.image + ripple[None, :, None]))[1]
+    left, faint = uneven.points[:, 0] < 270, uneven.stars.flux.mean(axis=1) < 4e4
+    assert mosaic.calm.mean() > 0.9
+    assert uneven.calm[~left].mean() > 0.85 and uneven.calm[left & faint].mean() < 0.3
+
+
+def test_variance_between_cells_is_that_beyond_their_errors():
+    rng = np.random.default_rng(4)
+    error = rng.uniform(1, 20, 4000)
+    assert between_variance(error * rng.normal(size=4000), error) < 0.5
+    assert between_variance(5 * rng.normal(size=4000) + error * rng.normal(size=4000), error) == pytest.approx(
+        25, rel=0.2
+    )
+    assert np.isnan(between_variance(np.array([1.0, 2, np.nan]), np.ones(3)))
 
 
 def test_large_scale_slope_is_reported_and_taken_off():

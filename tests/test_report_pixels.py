@@ -170,3 +170,28 @@ def test_holes_are_counted_and_placed():
     assert area == 800 + 16 and len(holes) == 2
     assert (holes[0].x, holes[0].y, holes[0].area) == (219.5, 109.5, 800)
     assert find_holes(measure_surface(Evidence(blank()))) == ([], 0.0)
+
+
+def test_stars_in_a_row_are_no_trail():
+    image = blank((500, 600))
+    for k, height in enumerate([30, 300, 90, 2000, 60, 800, 40, 5000, 120, 50, 1500, 70] * 3):
+        x, y = 60 + 13 * k, 60 + 9 * k
+        image = line(image, (x - 4.0, y - 3.0), (x + 4.0, y + 3.0), height)
+    assert not trails(image)
+    assert trails(line(image, (60.0, 300.0), (500.0, 420.0), 8.0))
+
+
+def test_what_is_narrower_than_a_star_tells_no_width(good: Evidence):
+    fwhm = good.frames.fwhm.copy()
+    fwhm[[0, 1, 2, 3, 4]] = [0.0, 0.3, 0.5, 0.4, np.nan]
+    spotted = replace(good, frames=replace(good.frames, fwhm=fwhm))
+    figures = measure_sharpness(spotted, measured(good)[1])
+    assert figures.lots == pytest.approx(1, abs=0.02)
+    assert figures.ratio == pytest.approx(measure_sharpness(good, measured(good)[1]).ratio, rel=0.01)
+
+
+def test_ridge_of_a_nebula_is_no_trail():
+    image = blank((500, 600))
+    yy, xx = np.mgrid[:500, :600]
+    ridge = 60 * np.exp(-0.5 * ((xx - yy - 40) / 2**0.5 / 7) ** 2) * ((xx > 100) & (xx < 500))
+    assert not trails((image + ridge).astype(np.float32))

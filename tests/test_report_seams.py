@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from report_field import FRAME, NOISE, SHAPE, blank, invent, measured
+from scipy.special import ndtr
 
 from zemosaic.report.evidence import Evidence
 from zemosaic.report.seams import block_steps, measure_seams
@@ -59,6 +60,31 @@ def test_slope_and_nebula_are_no_seam(plain: Evidence):
     glow = 0.3 * xx + 200 * np.exp(-0.5 * (((xx - 380) / 200) ** 2 + ((yy - 280) / 180) ** 2)).astype(np.float32)
     figures = measure_seams(replace(plain, image=plain.image + glow[..., None]), measure_surface(plain))
     assert figures.p95.max() < 0.1
+
+
+def rim(height: float, x0: float, width: float = 9.0) -> np.ndarray:
+    """A sky that rises by `height` within some 2 x `width` px around the column `x0`, ``(ny, nx, 1)``."""
+    return (height * ndtr((np.arange(SHAPE[1]) - x0) / width)).astype(np.float32)[None, :, None]
+
+
+def test_rim_of_a_nebula_on_a_border_is_no_seam_but_a_step_there_is(plain: Evidence):
+    edge = plain.frames.outline[0, :, 0].max()
+    rimmed = replace(plain, image=plain.image + rim(25 * DEEP, edge))
+    figures = measure_seams(rimmed, measure_surface(rimmed))
+    assert figures.max.max() < 1.5 and figures.p95.max() < 0.25
+    stepped_too, _ = stepped(rimmed, 6 * DEEP)
+    assert measure_seams(stepped_too, measure_surface(stepped_too)).max.max() > 3
+
+
+def test_every_seam_says_what_chance_makes_there(plain: Evidence):
+    evidence, _ = stepped(plain, 5 * DEEP)
+    worst = measure_seams(evidence, measure_surface(evidence)).worst
+    assert abs(worst[0].step) > 2 * worst[0].chance > 0
+
+
+def test_steps_beyond_chance_are_rare():
+    found = [measure_seams(e, measure_surface(e)).max for e in (invent(stars=1, seed=s, channels=1) for s in range(8))]
+    assert sum(float(top[0]) > 0 for top in found) <= 2
 
 
 def test_worst_seams_lie_apart_and_have_pictures(plain: Evidence):

@@ -70,6 +70,13 @@ def test_two_lots_compare_with_each_other():
     assert [(f.key, f.lot) for f in verdict.findings if f.key == "lot_sky"] == [("lot_sky", 1)]
 
 
+def test_photon_noise_is_no_fault_of_the_mosaic(good: Verdict):
+    photons = good.measures.photometry.photons
+    figure = good.figure("phot_scatter")
+    assert figure.warn == pytest.approx(np.hypot(10, photons[np.argmax(figure.channels)]))
+    assert good.figure("fwhm_ratio").warn == THRESHOLDS["fwhm_ratio"].warn
+
+
 def test_single_lot_has_no_offset():
     verdict = judge(invent(lots=1))
     assert np.isnan(verdict.figure("lot_gain").value) and verdict.figure("lot_gain").grade == "NONE"
@@ -142,8 +149,8 @@ def test_json_carries_units_thresholds_and_no_nan(good: Verdict, tmp_path):
     data = json.loads((tmp_path / "report.json").read_text(), parse_constant=lambda word: pytest.fail(word))
     assert data["schema"] == SCHEMA and data["grade"] == "PASS"
     assert set(data["figures"]) == set(THRESHOLDS)
-    scatter = data["figures"]["phot_scatter"]
-    assert scatter["unit"] == "mmag" and scatter["warn"] == THRESHOLDS["phot_scatter"].warn
+    gain, scatter = data["figures"]["lot_gain"], data["figures"]["phot_scatter"]
+    assert gain["unit"] == "mmag" and gain["warn"] == THRESHOLDS["lot_gain"].warn
     assert scatter["label"] == "Error of a bright star's magnitude" and len(scatter["channels"]) == 3
     assert data["figures"]["catalogue_median"]["value"] is None
     assert len(data["frames"]) == 32 and {"gain", "fwhm_px", "dx_px"} <= set(data["frames"][0])

@@ -261,7 +261,7 @@ def report_lines(verdict: Verdict, language: str = "en") -> list[str]:
             lines.append(render(f"verdict_group_{group}", {}, language))
         grade = figure.grade if figure.grade != "NONE" else ""
         label = render(f"verdict_{figure.key}", {}, language)
-        limit = f"< {figure.warn:g}" if np.isfinite(figure.warn) else ""
+        limit = f"< {figure.warn:.3g}" if np.isfinite(figure.warn) else ""
         lines.append(f"  {grade:4s} {label:64s} {figure.value:10.3f} {figure.unit:6s} {limit}".rstrip())
     lines += [f"{found.grade}: {found.text(language)}" for found in verdict.findings]
     lines.append(render("verdict_total", {"grade": verdict.grade}, language))

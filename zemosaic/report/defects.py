@@ -32,6 +32,7 @@ _MOST_LINES = 60
 _ANGLE = np.pi / 360  # step of the directions, rad
 _CLIP = 3.0  # sigma that a single bin may weigh: a star on a line is no trail
 _SIDES = np.array([-6.0, -5.0, -4.0, 4.0, 5.0, 6.0])  # bins beside a line that it is compared with
+_NEAR = np.array([-2.0, 2.0])  # bins where a trail has no light any more, but the ridge of a nebula has
 _CORE = np.array([-0.5, 0.0, 0.5])  # bins across a line that are on it
 _RUN = 16  # bins, over which a line's brightness is smoothed to see where it ends
 _GAP = 32  # bins over which a trail may be hidden
@@ -40,6 +41,8 @@ _MIN_CONTRAST = 0.4  # sigma of a bin: the mean along the line over that along e
 _MIN_RIDGE = 0.5  # share of its height over the darker side that it must rise over the brighter one, unlike a step
 _MIN_FILLED = 0.7  # share of a line, in pieces of 8 bins, that must be brighter than both sides
 _MIN_SIGNIFICANCE = 7.0
+_NARROW = 0.75  # of its height that it must rise over what is near
+_EVEN = 0.3  # of its height: a trail is as bright all along, but for the noise; stars in a row are not
 
 
 @dataclass(frozen=True)
@@ -244,19 +247,30 @@ def _judge(clipped: FloatImage, bins: FloatImage, a: Floats, b: Floats, unit: fl
     filled = float((pieces[0] > np.maximum(pieces[1], pieces[2])).mean()) if n else 0.0
     if contrast < _MIN_CONTRAST or significance < _MIN_SIGNIFICANCE or filled < _MIN_FILLED:
         return None
-    middle, *sides = (float(np.nanmedian(side)) for side in _profile(bins, a, (b - a) / length, t))
+    profile = _profile(bins, a, (b - a) / length, t)
+    middle, *sides = (float(np.nanmedian(side)) for side in profile)
     height = middle - max(sides)
     if height < _MIN_RIDGE * (middle - min(sides)):
+        return None
+    near = _profile(bins, a, (b - a) / length, t, _NEAR)[1:]
+    if middle - max(float(np.nanmedian(side)) for side in near) < _NARROW * height:
+        return None
+    line, left, right = (side[np.isfinite(side)] for side in profile)
+    # Sides are means of three lines of bins, the core of half as many; stars beside the line make but one side worse.
+    noise = float(np.sqrt(2) * min(robust_sigma(left), robust_sigma(right)))
+    if robust_sigma(line) > 2 * noise + _EVEN * height:
         return None
     (x0, y0), (x1, y1) = (end * _BIN + 1.5 for end in (a, b))
     return Trail(float(x0), float(y0), float(x1), float(y1), height * unit, float(significance))
 
 
-def _profile(residual: FloatImage, a: Floats, along: Floats, t: Floats) -> tuple[Floats, Floats, Floats]:
+def _profile(
+    residual: FloatImage, a: Floats, along: Floats, t: Floats, sides: Floats = _SIDES
+) -> tuple[Floats, Floats, Floats]:
     """Mean brightness on the line and on its two sides at distances `t` from `a`; NaN where too little is known."""
     normal = np.array([-along[1], along[0]])
     out = []
-    for offsets in (_CORE, _SIDES[_SIDES < 0], _SIDES[_SIDES > 0]):
+    for offsets in (_CORE, sides[sides < 0], sides[sides > 0]):
         points = a + t[:, None, None] * along + offsets[None, :, None] * normal
         values = _sample(residual, points[..., 0], points[..., 1])
         known = np.isfinite(values)

@@ -64,7 +64,8 @@ class LevelFigures:
     def shown(self) -> Offsets:
         """As much of the offsets and their errors as the mosaic shows."""
         part = self.visible[:, None]
-        return replace(self.lots, value=self.lots.value * part, error=self.lots.error * part)
+        lots = self.lots
+        return replace(lots, value=lots.value * part, error=lots.error * part, sigma=lots.sigma * part)
 
 
 def measure_levels(evidence: Evidence, surface: Surface) -> LevelFigures:
@@ -121,7 +122,7 @@ def _lot_skies(evidence: Evidence) -> Offsets:
 def _lot_stacking(evidence: Evidence, residual: Floats) -> Offsets:
     """What stacking did to the sky of the lots, ADU; `residual` is mosaic less frames at the nodes."""
     found = stacked_offsets(_node_shares(evidence), residual)
-    return replace(found, error=_ALIKE * found.error)
+    return replace(found, error=_ALIKE * found.error, sigma=_ALIKE * found.sigma)
 
 
 def _node_shares(evidence: Evidence) -> Floats:

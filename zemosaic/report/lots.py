@@ -25,6 +25,7 @@ BRIGHT = 45.0
 _SURE = 4.0  # standard deviations from which an offset of a lot is more than chance
 _LEAST = 5  # shared stars or nodes from which a lot's offset means anything
 _SHARE = 0.1  # of what a star or node shows, from which on it tells of a lot
+_ALONE = 5.0  # errors by which a detection may differ from the others of its star and lot
 _EFFICIENCY = 0.37  # of a median absolute deviation, against a standard deviation of normal values
 _MANY = 20  # values of a lot from which their own scatter is known
 _SMOOTH = 1.5  # what stacking does to a star changes slowly over the field, so that neighbours err alike
@@ -80,20 +81,24 @@ class Offsets:
     Parameters
     ----------
     value, error : ndarray
-        ``(L, K)``; the median lot is 0 (of two lots, the first); NaN for a lot that shares too little with others.
+        ``(L, K)``; the median lot is 0 (of two lots, the first); NaN for a lot that shares too little with others. The
+        errors are such that `_SURE` of them are as rare as that number of normal errors, however few things are shared.
+    sigma : ndarray
+        ``(L, K)`` the plain standard errors.
     shared : ndarray
         ``(L,)`` stars or nodes that a lot shares.
     """
 
     value: Floats
     error: Floats
+    sigma: Floats
     shared: Ints
 
     @classmethod
     def unknown(cls, lots: int, quantities: int) -> Offsets:
         """Nothing is known of any lot."""
         empty = np.full((lots, quantities), np.nan)
-        return cls(empty, empty, np.zeros(lots, np.int64))
+        return cls(empty, empty, empty, np.zeros(lots, np.int64))
 
 
 def match_stars(evidence: Evidence, mosaic: MosaicStars) -> Matched | None:
@@ -128,6 +133,23 @@ def plain(matched: Matched, signal: float) -> Matched:
     return matched.take(np.flatnonzero((mean >= signal)[at]))
 
 
+def agreeing(matched: Matched, floor: float) -> NDArray[np.bool_]:
+    """``(n,)`` whether a detection agrees with the others of its star and lot, of which there are two at least.
+
+    Frames of a lot share their faults; one that differs by `_ALONE` errors (`floor`: least error, mag) from the median
+    of its lot has a hot pixel, a cosmic ray or a satellite in its aperture.
+    """
+    pair = np.unique(matched.star * (int(matched.lot.max(initial=0)) + 1) + matched.lot, return_inverse=True)[1]
+    count = np.bincount(pair)
+    first = np.cumsum(count) - count
+    fine = np.ones(len(matched), np.bool_)
+    for flux, error in zip(matched.flux.T, matched.error.T, strict=True):
+        ordered = flux[np.lexsort((flux, pair))]
+        median = ((ordered[first + (count - 1) // 2] + ordered[first + count // 2]) / 2)[pair]
+        fine &= np.abs(flux - median) <= _ALONE * np.hypot(error, floor / 1.0857 * median)
+    return fine | (count < 3)[pair]
+
+
 def wholly_seen(matched: Matched, evidence: Evidence) -> Matched:
     """Detections of the stars that (nearly) every frame there has seen: their mean is what the mosaic should show."""
     if evidence.coverage is None or not len(matched):
@@ -157,7 +179,14 @@ def average(common: Ints, group: Ints, value: Floats, weight: Floats) -> tuple[I
 
 
 def lot_offsets(
-    common: Ints, lot: Ints, value: Floats, sigma: Floats, lots: int, scale: float, floor: float = 0.0
+    common: Ints,
+    lot: Ints,
+    value: Floats,
+    sigma: Floats,
+    lots: int,
+    scale: float,
+    floor: float = 0.0,
+    stated: float = 0.0,
 ) -> Offsets:
     """Offset of every lot.
 
@@ -166,13 +195,16 @@ def lot_offsets(
     common, lot : ndarray
         ``(n,)`` which star or node, seen by which lot.
     value, sigma : ndarray
-        ``(n, K)`` means of the lots (`average`) and their errors; of these only the proportions matter.
+        ``(n, K)`` means of the lots (`average`) and their errors; but for `stated` only their proportions matter.
     lots : int
         How many there are.
     scale : float
         What an offset may be at most, in the unit of `value`; keeps at 0 what nothing is tied to.
     floor : float
         Error that an offset has however many things are shared, in the same unit.
+    stated : float
+        How many degrees of freedom the size of `sigma` is worth, against that of the scatter itself: a few values may
+        agree by chance.
     """
     tied = np.bincount(common)[common] > 1 if len(common) else np.zeros(0, bool)
     common, lot, value, sigma = common[tied], lot[tied], value[tied], sigma[tied]
@@ -180,10 +212,11 @@ def lot_offsets(
     enough = shared >= _LEAST
     if enough.sum() < 2:
         return Offsets.unknown(lots, value.shape[1])
-    offset, error = np.full((lots, value.shape[1]), np.nan), np.full((lots, value.shape[1]), np.nan)
+    offset, sigmas = np.full((lots, value.shape[1]), np.nan), np.full((lots, value.shape[1]), np.nan)
     one, zero, wide = np.ones((len(lot), 1)), np.zeros((lots, 1)), np.full((lots, 1), scale)
     _, at = np.unique(common, return_inverse=True)
     seen = np.bincount(at)[at]
+    z = np.zeros_like(value)
     for k in range(value.shape[1]):
         found = solve_common(common, lot, one, value[:, k], sigma[:, k], zero, wide).unknowns[:, 0]
         weight = 1 / sigma[:, k] ** 2
@@ -191,18 +224,24 @@ def lot_offsets(
         flat = value[:, k] - found[lot]
         centre = np.bincount(at, weight * flat) / total
         # The mean of a few values lies near each of them.
-        z = (flat - centre[at]) * np.sqrt(weight * seen / (seen - 1))
+        z[:, k] = (flat - centre[at]) * np.sqrt(weight * seen / (seen - 1))
         pairs = np.zeros((len(total), lots))
         np.add.at(pairs, (at, lot), weight)
         normal = np.diag(pairs.sum(axis=0)) - pairs.T @ (pairs / total[:, None])
-        freedom = len(z) - len(total) - lots + 1
-        spread = np.array([_honest(z, z[lot == i], freedom) for i in range(lots)])
         offset[:, k] = np.where(enough, found - _reference(found[enough]), np.nan)
-        error[:, k] = np.where(enough, np.hypot(spread * _standard_errors(normal, enough, scale), floor), np.nan)
-    return Offsets(offset, error, shared)
+        sigmas[:, k] = np.where(enough, _standard_errors(normal, enough, scale), np.nan)
+    # Where few things are shared, all quantities together tell better how much they scatter than one alone.
+    least, freedom = robust_sigma(z.ravel()), len(z) - len(np.unique(common)) - lots + 1
+    for k, column in enumerate(z.T):
+        spread = [max(least, _scatter(column, column[lot == i])) for i in range(lots)]
+        sigmas[:, k] *= [_pooled(s, freedom, stated) for s in spread]
+    error, sigmas = np.hypot(_student(freedom, stated) * sigmas, floor), np.hypot(sigmas, floor)
+    return Offsets(offset, error, sigmas, shared)
 
 
-def stacked_offsets(share: Floats, residual: Floats, sigma: Floats | None = None, floor: float = 0.0) -> Offsets:
+def stacked_offsets(
+    share: Floats, residual: Floats, sigma: Floats | None = None, floor: float = 0.0, stated: float = 0.0
+) -> Offsets:
     """What stacking did to each lot: the part of ``mosaic - frames`` that goes with the lot's share in the mosaic.
 
     Frames may agree and the mosaic still show one lot too bright, because it was stacked with another gain or level
@@ -216,15 +255,15 @@ def stacked_offsets(share: Floats, residual: Floats, sigma: Floats | None = None
         ``(n, K)`` mosaic less frames there.
     sigma : ndarray, optional
         ``(n,)`` expected errors of the residuals; only their proportions matter. All alike if not given.
-    floor : float
+    floor, stated : float
         As for `lot_offsets`.
     """
     lots = share.shape[1]
     shared = (share > _SHARE).sum(axis=0)
-    enough = shared >= _LEAST
+    enough = shared >= _MANY  # each star or node shows a mixture of lots: few of them fit any offsets
     if enough.sum() < 2 or len(share) <= lots + 1:
         return Offsets.unknown(lots, residual.shape[1])
-    offset, error = np.full((lots, residual.shape[1]), np.nan), np.full((lots, residual.shape[1]), np.nan)
+    offset, error, sigmas = (np.full((lots, residual.shape[1]), np.nan) for _ in range(3))
     root = 1 / sigma if sigma is not None else np.ones(len(share))
     design = share * root[:, None]
     # A lot that is hardly ever seen alone stays at 0, and its error is large.
@@ -238,22 +277,33 @@ def stacked_offsets(share: Floats, residual: Floats, sigma: Floats | None = None
             use = np.isfinite(y) & (np.abs(left) <= 4 * spread)
         found = np.linalg.solve(normal + ridge, design[use].T @ y[use])
         known = left[np.isfinite(y)]
-        spread = _SMOOTH * _honest(known, known, len(known) - lots)
+        spread = _SMOOTH * _pooled(_scatter(known, known), len(known) - lots, stated)
         offset[:, k] = np.where(enough, found - _reference(found[enough]), np.nan)
-        error[:, k] = np.where(enough, np.hypot(spread * _standard_errors(normal + ridge, enough), floor), np.nan)
-    return Offsets(offset, error, shared)
+        single = np.where(enough, spread * _standard_errors(normal + ridge, enough), np.nan)
+        sigmas[:, k] = np.hypot(single, floor)
+        error[:, k] = np.hypot(_student(len(known) - lots, stated) * single, floor)
+    return Offsets(offset, error, sigmas, shared)
 
 
-def _honest(values: Floats, own: Floats, freedom: float) -> float:
-    """Scatter of values of which there may be few, such that `_SURE` times an error made of it is as rare as it says.
+def _scatter(values: Floats, own: Floats) -> float:
+    """Robust scatter of values; a part of them that scatters more counts by itself, if that is known well enough."""
+    spread = robust_sigma(values)
+    return max(spread, robust_sigma(own)) if len(own) >= _MANY else spread
+
+
+def _pooled(spread: float, freedom: float, stated: float) -> float:
+    """Robust scatter of so many degrees of freedom, in stated errors, together with what these say themselves."""
+    own = max(_EFFICIENCY * freedom, 1.0)
+    return float(np.sqrt((own * spread**2 + stated) / (own + stated)))
+
+
+def _student(freedom: float, stated: float) -> float:
+    """What makes `_SURE` errors from a robust scatter of so many degrees of freedom as rare as that number says.
 
     Student's distribution takes the place of the normal one; a median absolute deviation is worth `_EFFICIENCY` of its
-    degrees of freedom. A part of the values that scatters more counts by itself.
+    degrees of freedom, and `stated` are what the stated errors are worth.
     """
-    spread = robust_sigma(values)
-    if len(own) >= _MANY:
-        spread = max(spread, robust_sigma(own))
-    return spread * -float(stdtrit(max(_EFFICIENCY * freedom, 1.0), ndtr(-_SURE))) / _SURE
+    return -float(stdtrit(max(_EFFICIENCY * freedom, 1.0) + stated, ndtr(-_SURE))) / _SURE
 
 
 def _standard_errors(normal: Floats, enough: NDArray[np.bool_], scale: float = np.inf) -> Floats:
@@ -272,8 +322,11 @@ def combined(frames: Offsets, stacked: Offsets) -> Offsets:
     """The offsets between frames, and on top what stacking did where that is more than chance."""
     more = sure(stacked) > 0
     value = np.where(more, np.nan_to_num(frames.value) + stacked.value, frames.value)
-    error = np.where(more, np.hypot(np.nan_to_num(frames.error), stacked.error), frames.error)
-    return Offsets(value, error, np.maximum(frames.shared, stacked.shared))
+    error, sigma = (
+        np.where(more, np.hypot(np.nan_to_num(getattr(frames, name)), getattr(stacked, name)), getattr(frames, name))
+        for name in ("error", "sigma")
+    )
+    return Offsets(value, error, sigma, np.maximum(frames.shared, stacked.shared))
 
 
 def sure(offsets: Offsets) -> Floats:

@@ -10,9 +10,10 @@ pixel and weights w_f, is
 Filling in the colours of a Bayer sensor smooths over two to four pixels, which takes 8 to 13 % off even the scatter of
 8x8 means: a ratio of 0.87 (red, blue) to 0.92 (green) is what a perfect mosaic of such frames has.
 
-Nebulae and faint stars scatter the means too. They are told from noise by how it grows with the size of the cells:
-differences of fourth order of 4x4 means see little of any structure, and correlation alone makes 8x8 means at most
-`_MOST_GROWTH` times as noisy. So noise that is coarser than some 6 px counts only as far as it shows at 4 px too.
+Nebulae and faint stars scatter the means too. Faint stars are in some of the cells and not in others, so the scatter is
+that of the quieter differences, scaled from their lower quartile. And noise grows in another way with the size of the
+cells: differences of fourth order of 4x4 means see little of any structure, and correlation alone makes 8x8 means at
+most `_MOST_GROWTH` times as noisy. So noise that is coarser than some 6 px counts only as far as it shows at 4 px too.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from zemosaic.tiles import FloatImage
 _SHIFT = 4  # binary places of the polygons' corners
 _MIN_FREE = 0.6  # of a cell that must be free of sources to count
 _DEEP = 3.0  # frames that let outliers be told: less may rightly be cut off
+_QUARTILE = 1 / 0.3186  # standard deviation of normal values over the lower quartile of their size
 _SAMPLES = 24  # differences a region must have, for a scatter
 #: By how much correlation can make noise grow from cells of 4 to cells of 8 px, by the number of colours: 1.16 in the
 #: red and blue of a Bayer sensor, 1.09 in its green, 1.03 without debayering. What grows more is structure.
@@ -123,8 +125,20 @@ def _scatter(
         mean /= np.float32(sum(factor**2 for factor in weights))
         parts.append(np.moveaxis(surface.regions(np.abs(difference) * mean[..., None], size), 3, 2))
     boxes = np.concatenate(parts, axis=-1)
-    unit = 1.4826 * side / np.sqrt(sum(factor**2 for factor in weights))
-    return np.asarray(unit * nan_median(boxes, _SAMPLES / boxes.shape[-1]))
+    unit = _QUARTILE * side / np.sqrt(sum(factor**2 for factor in weights))
+    return np.asarray(unit * _lower_quartile(boxes))
+
+
+def _lower_quartile(sizes: NDArray) -> NDArray:
+    """Of the last axis, NaN left out; NaN where there are fewer than `_SAMPLES`."""
+    ordered = np.sort(sizes, axis=-1)
+    count = ordered.shape[-1] - np.isnan(ordered).sum(axis=-1)
+    at = 0.25 * np.maximum(count - 1, 0)
+    low = at.astype(np.int64)
+    below, above = (
+        np.take_along_axis(ordered, k[..., None], axis=-1)[..., 0] for k in (low, np.minimum(low + 1, count))
+    )
+    return np.where(count >= _SAMPLES, below + (at - low) * (above - below), np.nan)
 
 
 def _moved(cells: FloatImage, step: int, axis: int) -> FloatImage:

@@ -2,8 +2,8 @@
 
 A star's magnitude in the mosaic is wrong by three things, which are measured without any catalogue:
 
-* the noise of the frames' mean: two halves of the frames (every other one that saw the star) are compared, and half
-  the scatter of their difference is the error of the mean of both;
+* the noise of the frames' mean: what the photons of each star and the floor of a measurement make of it, times how much
+  more (or less) two halves of the frames (every other one that saw the star) differ than that;
 * the lots' zero points: `zemosaic.report.lots`, both their offsets and how well these are known (a run that has been
   fitted to the stars that lots share shows no offset, but an error it has);
 * what stacking did to the star: the mosaic's flux against the mean of the frames' fluxes, both in one aperture.
@@ -25,6 +25,7 @@ from zemosaic.report.lots import (
     BRIGHT,
     Matched,
     Offsets,
+    agreeing,
     average,
     combined,
     lot_offsets,
@@ -45,8 +46,11 @@ _LEAST = 10  # below which it is not
 _FLOOR = 0.01  # mag, of a single measurement: sampling, flat field, seeing
 _STACKING = 0.002  # mag, floor of what stacking does to a single star
 _SYSTEMATIC = 1.0  # mmag, to which lots can be compared at best: seeing, flat field, neighbours
+_STATED = 5.0  # degrees of freedom that the stated errors of magnitudes are worth
+_CELLS = 5  # cells from which they say something about the field
 _CELL_STARS = 3  # stars from which a cell of the map is more than chance
 _MEDIAN = 1.25  # scatter of a median over that of a mean
+_OWN = 60  # stars from which each colour tells its own noise; fewer, and all tell it together
 _MOST = 0.5  # mag, as far as a lot may be off
 
 
@@ -66,6 +70,9 @@ class PhotometryFigures:
         ``(C,)`` mmag, expected 1-sigma error of a bright star's magnitude in the mosaic, the zero point set by all.
     uniformity : ndarray
         ``(C,)`` mmag, expected rms of the median error in the cells of a `GRID` x `GRID` map.
+    photons, cell_photons, lot_photons : ndarray
+        ``(C,)`` mmag, what of `scatter`, `uniformity` and `repeat_median` the photons of the stars make: no stacking
+        could do better.
     lots : Offsets
         ``(L, 1 + C)`` mmag, magnitude of every lot against the others, first of all colours together, then of each;
         ``(L, 1)`` for one colour. Positive = fainter. With what stacking did to it.
@@ -81,6 +88,9 @@ class PhotometryFigures:
     repeat_p95: Floats
     scatter: Floats
     uniformity: Floats
+    photons: Floats
+    cell_photons: Floats
+    lot_photons: Floats
     lots: Offsets
     map: FloatImage
     catalogue: float
@@ -92,11 +102,14 @@ def measure_photometry(evidence: Evidence, mosaic: MosaicStars, matched: Matched
     nothing, blank = np.full(channels, np.nan), np.full((GRID, GRID), np.nan, np.float32)
     unknown = Offsets.unknown(lots, 1 + channels if channels > 1 else 1)
     catalogue = _against_catalogue(evidence, mosaic)
-    found = PhotometryFigures(0, 0, nothing, nothing, nothing, nothing, unknown, blank, catalogue)
+    found = PhotometryFigures(
+        0, 0, nothing, nothing, nothing, nothing, nothing, nothing, nothing, unknown, blank, catalogue
+    )
     if matched is None:
         return found
-    sound = matched.clean & (matched.flux > 0).all(axis=1)
-    tied = plain(matched.take(np.flatnonzero(sound)), _FAINT)
+    sound = matched.clean & (matched.flux > 0).all(axis=1) & mosaic.calm[matched.star]
+    seen = matched.take(np.flatnonzero(sound))
+    tied = plain(seen.take(np.flatnonzero(agreeing(seen, _FLOOR))), _FAINT)
     usable = wholly_seen(tied, evidence)
     if not len(usable):
         return found
@@ -107,7 +120,7 @@ def measure_photometry(evidence: Evidence, mosaic: MosaicStars, matched: Matched
     if len(np.unique(bright.star)) < _LEAST:
         return found
     frames = np.bincount(usable.lot, minlength=lots)
-    tie = float(np.sqrt(np.average(np.nan_to_num(between.error[:, 0] / MMAG) ** 2, weights=frames)))
+    tie = float(np.sqrt(np.average(np.nan_to_num(between.sigma[:, 0] / MMAG) ** 2, weights=frames)))
     tie /= 2 if lots == 2 else 1  # which is the error of their difference
     return _with_precision(found, evidence, mosaic, usable, bright, _shrunk(between)[:, -channels:] / MMAG, tie)
 
@@ -124,11 +137,15 @@ def _with_precision(
     """The figures made of bright stars; `offset`, `tie`: zero points of the lots ``(L, C)`` and their error, mag."""
     seen, _, magnitude, _ = average(bright.star, bright.lot, _magnitude(bright.flux), bright.weight)
     median, p95, shared = _repeatability(seen, magnitude)
+    single = _photons(replace(bright, star=bright.star * (int(bright.lot.max()) + 1) + bright.lot))
+    each = _photons(bright)
+    photons = np.median(each, axis=0)
     noise = _half_differences(bright)
     star, error, sigma = _errors(mosaic, bright, offset)
-    # Its noise is that of the same photons, which the halves of the frames tell already.
     own = float(np.median(sigma**2)) if len(sigma) else 0.0
-    spread = np.sqrt(np.maximum([robust_sigma(e) ** 2 - own for e in error.T], 0))
+    # Frame by frame and in the mosaic, apertures do not cut the same pixels: that is about a photon noise of the mean.
+    shown = np.hypot(each[np.isin(np.unique(bright.star), star)], _STACKING)
+    spread = photons * np.sqrt(max(robust_sigma((error / shown).ravel()) ** 2 - 1, 0))
     count = _cell_counts(evidence.shape, mosaic.points[star])
     # Bright stars are few, but what goes wrong with them goes wrong with all: the map is made of every star.
     every, error, sigma = _errors(mosaic, usable, offset)
@@ -136,8 +153,8 @@ def _with_precision(
     missed = _magnitude(mosaic.core[every]) - _magnitude(mosaic.stars.flux[every])
     known = np.isfinite(missed).all(axis=1)
     error = (error + missed)[known] - (np.median(missed[known], axis=0) if known.any() else 0)
-    maps, chance = _maps(evidence.shape, mosaic.points[every[known]], error, sigma[known], own)
-    wander = [np.nanvar(m) if np.isfinite(m).any() else np.nan for m in np.moveaxis(maps, 2, 0)]
+    maps, errors = _maps(evidence.shape, mosaic.points[every[known]], error, sigma[known], own)
+    wander = np.array([between_variance(maps[..., c], errors[..., c]) for c in range(maps.shape[2])])
     share = _MEDIAN * np.sqrt((1 / count[count >= _CELL_STARS]).mean()) if (count >= _CELL_STARS).any() else 1.0
     return replace(
         found,
@@ -145,8 +162,11 @@ def _with_precision(
         shared=shared,
         repeat_median=MMAG * median,
         repeat_p95=MMAG * p95,
+        photons=MMAG * photons,
+        lot_photons=MMAG * np.median(single, axis=0),
+        cell_photons=MMAG * share * photons,
         scatter=MMAG * np.sqrt(noise**2 + spread**2 + tie**2),
-        uniformity=MMAG * np.sqrt(np.maximum(np.array(wander) - chance**2, 0) + (share * noise) ** 2 + tie**2),
+        uniformity=MMAG * np.sqrt(wander + (share * noise) ** 2 + tie**2),
         map=(MMAG * maps[..., evidence.channels // 2]).astype(np.float32),
     )
 
@@ -185,7 +205,7 @@ def _lot_magnitudes(usable: Matched, lots: int) -> Offsets:
         sigma = np.c_[np.sqrt((sigma * share) ** 2 @ np.ones(len(share))), sigma]
     weight = 1 / (MMAG * sigma) ** 2
     star, lot, mean, total = average(usable.star, usable.lot, MMAG * magnitude, weight)
-    return lot_offsets(star, lot, mean, 1 / np.sqrt(total), lots, MMAG * _MOST, _SYSTEMATIC)
+    return lot_offsets(star, lot, mean, 1 / np.sqrt(total), lots, MMAG * _MOST, _SYSTEMATIC, _STATED)
 
 
 def _shrunk(offsets: Offsets) -> Floats:
@@ -219,16 +239,31 @@ def _repeatability(star: Ints, magnitude: Floats) -> tuple[Floats, Floats, int]:
     return np.median(scatter, axis=0), np.percentile(scatter, 95, axis=0), int((count > 1).sum())
 
 
+def _photons(seen: Matched, floor: float = 0.0) -> Floats:
+    """Photon noise ``(n, C)`` of the mean of the frames, mag, in order of the stars' numbers.
+
+    `floor` is what else a single measurement is wrong by, mag.
+    """
+    _, at = np.unique(seen.star, return_inverse=True)
+    square = np.square(seen.weight * np.hypot(1.0857 * seen.error / np.maximum(seen.flux, 1e-9), floor))
+    columns = [np.sqrt(np.bincount(at, q)) / np.bincount(at, w) for q, w in zip(square.T, seen.weight.T, strict=True)]
+    return np.stack(columns, axis=1)
+
+
 def _half_differences(bright: Matched) -> Floats:
-    """Error ``(C,)`` mag of the mean of all frames: half the robust scatter between two halves of them."""
+    """Error ``(C,)`` mag of the mean of all frames for the typical star: half what two halves of them differ by."""
     order = np.lexsort((bright.frame, bright.star))
     star = bright.star[order]
     first = np.r_[0, np.flatnonzero(np.diff(star)) + 1]
     rank = np.arange(len(star)) - np.repeat(first, np.diff(np.r_[first, len(star)]))
     star, _, flux, _ = average(star, rank % 2, bright.flux[order], bright.weight[order])
     pair = np.flatnonzero(np.diff(star) == 0)
-    difference = _magnitude(flux[pair]) - _magnitude(flux[pair + 1])
-    return np.array([robust_sigma(d) / 2 for d in difference.T])
+    difference = (_magnitude(flux[pair]) - _magnitude(flux[pair + 1])) / 2
+    # In units of what is expected of each star, lest the faint ones among them set it.
+    expected = _photons(bright, _FLOOR)
+    ratio = difference / expected[np.isin(np.unique(star), star[pair])]
+    times = [robust_sigma(r) for r in ratio.T] if len(pair) >= _OWN else robust_sigma(ratio.ravel())
+    return np.asarray(np.median(expected, axis=0) * times)
 
 
 def _stacking(mosaic: MosaicStars, seen: Matched) -> tuple[NDArray[np.bool_], Floats]:
@@ -249,26 +284,43 @@ def _lot_stacking(mosaic: MosaicStars, usable: Matched, lots: int) -> Offsets:
     share = shares(usable.star, usable.lot, usable.weight.mean(axis=1), lots)[fine]
     error = MMAG * error[fine]
     sigma = _stacking_sigma(np.unique(usable.star, return_inverse=True)[1], usable.signal)[fine]
-    return stacked_offsets(share, np.c_[error.mean(axis=1), error] if error.shape[1] > 1 else error, sigma, _SYSTEMATIC)
+    columns = np.c_[error.mean(axis=1), error] if error.shape[1] > 1 else error
+    return stacked_offsets(share, columns, MMAG * sigma, _SYSTEMATIC, _STATED)
 
 
 def _maps(shape: tuple[int, int], points: Floats, value: Floats, sigma: Floats, bright: float) -> tuple[Floats, Floats]:
-    """Weighted medians ``(GRID, GRID, C)`` of cells, and their scatter ``(C,)`` by chance.
+    """Weighted medians ``(GRID, GRID, C)`` of cells, and their errors.
 
-    A cell counts whose stars tell as much as `_CELL_STARS` bright ones, of the variance `bright`.
+    A cell counts whose stars tell as much as `_CELL_STARS` bright ones, of the variance `bright`. How much larger the
+    errors are than `sigma` says is told by the scatter in all cells, or in the cell itself, where that is larger.
     """
     cell, weight = _cell(shape, points), 1 / sigma**2
+    count, total = np.bincount(cell, minlength=GRID * GRID), np.bincount(cell, weight, GRID * GRID)
     maps = np.full((GRID * GRID, value.shape[1]), np.nan)
-    z = np.zeros_like(value)
+    own, z = np.zeros_like(maps), np.zeros_like(value)
     for k in np.unique(cell):
-        own = np.flatnonzero(cell == k)
-        maps[k] = [_weighted_median(v, weight[own]) for v in value[own].T]
-        z[own] = (value[own] - maps[k]) / sigma[own, None]
-    total = np.bincount(cell, weight, GRID * GRID)
-    enough = (np.bincount(cell, minlength=GRID * GRID) >= _CELL_STARS) & (total * bright >= _CELL_STARS)
-    maps[~enough] = np.nan
-    chance = _MEDIAN * np.sqrt((1 / total[enough]).mean()) if enough.any() else 0.0
-    return maps.reshape(GRID, GRID, -1), chance * np.array([robust_sigma(v) for v in z.T])
+        stars = np.flatnonzero(cell == k)
+        maps[k] = [_weighted_median(v, weight[stars]) for v in value[stars].T]
+        z[stars] = (value[stars] - maps[k]) / sigma[stars, None]
+        own[k] = np.sqrt(np.square(z[stars]).sum(axis=0) / max(len(stars) - 1, 1))
+    maps[(count < _CELL_STARS) | (total * bright < _CELL_STARS)] = np.nan
+    scale = np.maximum(own, [robust_sigma(v) for v in z.T])
+    errors = _MEDIAN * scale / np.sqrt(np.maximum(total, 1e-300))[:, None]
+    return maps.reshape(GRID, GRID, -1), errors.reshape(GRID, GRID, -1)
+
+
+def between_variance(value: Floats, error: Floats) -> float:
+    """Variance of values beyond their errors, the better known ones counting more; NaN for fewer than `_CELLS`.
+
+    The moment estimate of random effects: DerSimonian and Laird, Controlled Clinical Trials 7, 177 (1986).
+    """
+    known = np.isfinite(value)
+    if known.sum() < _CELLS:
+        return float("nan")
+    value, weight = value[known], 1 / np.square(error[known])
+    square = weight @ np.square(value - np.average(value, weights=weight))
+    spare = weight.sum() - weight @ weight / weight.sum()
+    return max(float((square - (len(value) - 1)) / spare), 0.0)
 
 
 def _weighted_median(values: Floats, weight: Floats) -> float:

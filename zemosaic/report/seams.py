@@ -19,7 +19,7 @@ The same statistic about the lines k = ±2 instead of the border tells how large
 variance is a constant, of the noise, and grows with how curved the sky is beside the line: the larger of
 |sky(d) - 2 sky(2 d) + sky(3 d)| of both sides, which no step on the line changes. So each piece of border is measured
 against lines with as lively a sky beside them: what the percentiles (their upper bounds, as few borders tell them only
-roughly) of the lines would be there is taken off in quadrature.
+roughly; of the largest, what one mosaic in twenty exceeds) of the lines would be there is taken off in quadrature.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ _MARGIN = 3.0  # standard errors of a percentile that are put down to chance
 _ROUNDS = 5  # of the fit of the variance, which weights itself
 _WILD = 4.0  # standard deviations at which a step counts no more in it: a star's wing
 _LEAST = 1e-6  # variance, pixel noise squared
+_TAIL = 0.1  # of the steps at control lines, beyond which their distribution is taken to be exponential
+_RARE = 0.05  # of all mosaics: in so many, the largest step of all may exceed what is put down to chance
 _WORST = 10
 _THUMBNAIL = 96  # px, side of a seam's picture
 
@@ -174,7 +176,7 @@ def measure_seams(evidence: Evidence, surface: Surface) -> SeamFigures:
     # Pieces where the coverage changes lie cell by cell and overlap; those of an outline do not.
     apart = 1 if evidence.frames is not None else 8
     few = 1 / (apart / max(len(borders), 1) + apart / max(len(control.size), 1))
-    chance = _chances(control, own, [_bound(q, few) for q in (50, 95, 100)])
+    chance = _chances(control, own, [_exceeded(q, few) for q in (50, 95, 100)])
     beyond = [_beyond(np.abs(own.size), limit) for limit in chance]
     p50, p95, top = (_percentile(b, q) for b, q in zip(beyond, (50, 95, 100), strict=True))
     p50_adu, p95_adu, top_adu = (_percentile(b * noise, q) for b, q in zip(beyond, (50, 95, 100), strict=True))
@@ -324,8 +326,8 @@ def _beside(
     return np.moveaxis(sky.reshape(len(borders), 2, len(lines), len(reach), 2, -1, surface.channels), -1, -2)
 
 
-def _chances(control: Steps, own: Steps, percentiles: list[float]) -> list[Floats]:
-    """What these percentiles of the steps at lines with as lively a sky beside them are, at each border ``(m, C)``."""
+def _chances(control: Steps, own: Steps, shares: list[float]) -> list[Floats]:
+    """What these shares of the lines with as lively a sky beside them exceed, at each border ``(m, C)``."""
     square, curve = np.square(control.size).ravel(), control.curve.ravel()
     design = np.stack([np.ones_like(curve), curve], axis=1)
     growth, variance = np.zeros(2), 1 + curve
@@ -334,7 +336,16 @@ def _chances(control: Steps, own: Steps, percentiles: list[float]) -> list[Float
         variance = np.maximum(design @ growth, _LEAST)
     z = np.sqrt(square / variance)  # of all colours: they have the noise as unit, and are few
     spread = np.sqrt(growth[0] + growth[1] * own.curve)
-    return [_percentile(z, q) * spread for q in percentiles]
+    return [_upper(z, share) * spread for share in shares]
+
+
+def _upper(z: Floats, share: float) -> float:
+    """What a share of such values exceeds, by an exponential tail where few of them tell; NaN for none."""
+    if not len(z):
+        return float("nan")
+    own, start = (float(np.percentile(z, 100 * (1 - part))) for part in (share, _TAIL))
+    tail = float((z[z >= start] - start).mean())
+    return max(own, start + tail * float(np.log(_TAIL / share)))
 
 
 def block_steps(surface: Surface) -> Floats:
@@ -372,9 +383,10 @@ def _percentile(values: NDArray, q: float) -> NDArray:
     return np.percentile(values, q, axis=0) if len(values) else np.full(values.shape[1:], np.nan)
 
 
-def _bound(q: float, count: float) -> float:
-    """The percentile that `q` may be by chance where there are `count` values: binomial standard errors."""
-    return min(100.0, q + _MARGIN * float(np.sqrt(q * (100 - q) / max(count, 1.0))))
+def _exceeded(q: float, count: float) -> float:
+    """The share that may exceed the percentile `q` of `count` values by chance: less by binomial standard errors."""
+    least = _RARE / max(count, 1.0)
+    return max(1 - q / 100 - _MARGIN * float(np.sqrt(q * (100 - q) / max(count, 1.0))) / 100, least)
 
 
 def _beyond(value: NDArray, floor: NDArray) -> Floats:

@@ -10,6 +10,7 @@ from zemosaic.report.evidence import Evidence, Floats, Ints
 from zemosaic.report.surface import MosaicStars
 from zemosaic.tiles import FloatImage
 
+_LEAST_WIDTH = 1.0  # px: what is narrower is no star, but a hot pixel or a cosmic ray
 _SIGNAL = 20.0
 _CELL_STARS = 5  # stars from which a cell of the map is more than chance
 _MAX_GRID = 24
@@ -57,7 +58,7 @@ def measure_sharpness(evidence: Evidence, mosaic: MosaicStars) -> SharpnessFigur
     """Widths and shapes of the mosaic's stars, and the widths that the lots came with."""
     stars = mosaic.stars
     with np.errstate(invalid="ignore"):
-        fine = stars.clean & (stars.flux > _SIGNAL * stars.error).all(axis=1)
+        fine = stars.clean & (stars.flux > _SIGNAL * stars.error).all(axis=1) & (mosaic.fwhm > _LEAST_WIDTH)
     points, fwhm, ellipticity = mosaic.points[fine], mosaic.fwhm[fine], mosaic.ellipticity[fine]
     side = max(evidence.shape) / np.clip(np.sqrt(len(points) / (2 * _CELL_STARS)), 1, _MAX_GRID)
     fwhm_map = _cell_medians(evidence.shape, side, points, fwhm)
@@ -65,7 +66,7 @@ def measure_sharpness(evidence: Evidence, mosaic: MosaicStars) -> SharpnessFigur
     ratio, frame_ellipticity, lots = float("nan"), float("nan"), np.zeros(0)
     if evidence.frames is not None:
         frames = evidence.frames
-        there = np.isfinite(frames.fwhm)
+        there = frames.fwhm > _LEAST_WIDTH
         if there.any():
             ratio = mosaic.typical_fwhm / float(np.average(frames.fwhm[there], weights=frames.weight.mean(1)[there]))
             frame_ellipticity = float(np.nanmedian(frames.ellipticity))
@@ -85,7 +86,7 @@ def measure_sharpness(evidence: Evidence, mosaic: MosaicStars) -> SharpnessFigur
 
 
 def _lot_widths(lot: Ints, fwhm: Floats, lots: int) -> Floats:
-    known = np.isfinite(fwhm)
+    known = fwhm > _LEAST_WIDTH
     parts = [fwhm[known & (lot == i)] for i in range(lots)]
     medians = np.array([np.median(part) if len(part) else np.nan for part in parts])
     return medians / np.nanmedian(medians) if np.isfinite(medians).any() else medians

@@ -30,6 +30,9 @@ _OPENING = 31  # 2x2 bins: wider light is sky
 _HALO = ((1, 2), (10, 3), (100, 5), (1000, 10))  # from what multiple of the threshold, how many bins around go
 _MAX_STARS = 6000  # brightest sources that are measured
 _COMPANY = 0.04  # 3.5 mag: a neighbour that has less of a star's light does not spoil its magnitude
+_SECTORS, _ANGLES = 8, 4  # of the ring around a star, and directions in each
+_RING = (1.45, 1.6, 1.75, 1.9)  # radii there, of the aperture's
+_MEDIAN_NOISE = 1.25  # of a median over that of a mean
 _CORE, _CORES = 1.8, 1200  # times the typical FWHM; stars
 _STEP = 4  # rows between those that the pixel noise is taken from
 
@@ -127,7 +130,9 @@ class MosaicStars:
     typical_fwhm : float
         As a frame's; NaN without stars.
     lonely : ndarray
-        ``(n,)`` bool: out to the ring that its sky is taken from there is no other star with `_COMPANY` of its light.
+        ``(n,)`` bool: calm, and out to the ring that its sky is taken from no other star has `_COMPANY` of its light.
+    calm : ndarray
+        ``(n,)`` bool: nor is the sky of that ring so uneven (`_unevenness`), as in a lively nebula.
     core : ndarray
         ``(n, C)`` flux within `_CORE` times the typical width, as magnitudes are usually taken; NaN beyond the `_CORES`
         brightest.
@@ -139,6 +144,7 @@ class MosaicStars:
     angle: Floats
     typical_fwhm: float
     lonely: NDArray[np.bool_]
+    calm: NDArray[np.bool_]
     core: Floats
 
     @property
@@ -203,14 +209,17 @@ def measure_stars(image: FloatImage, radius: float = math.nan, planes: list[Plan
     stars = measured(found, radius)
     if not len(stars):
         none = np.zeros(0)
-        return MosaicStars(stars, none, none, none, width, np.zeros(0, bool), np.zeros_like(stars.flux))
+        nobody = np.zeros(0, bool)
+        return MosaicStars(stars, none, none, none, width, nobody, nobody, np.zeros_like(stars.flux))
     # `photometry` leaves out stars too near to the edge; the shapes are picked up by position.
     row = cKDTree(np.c_[found.x, found.y]).query(np.c_[stars.x - 0.5, stars.y - 0.5] / 2)[1]
     lonely = _lonely(stars, 2 * radius)
+    calm = _unevenness(luminance, stars, radius) < _COMPANY * stars.flux.mean(axis=1)
     core = np.full_like(stars.flux, np.nan)
     few = measured(Detection(*(values[:_CORES] for values in vars(found).values())), min(_CORE * width, radius))
     core[: len(few)] = few.flux
-    return MosaicStars(stars, 2 * found.fwhm[row], found.ellipticity[row], found.angle[row], width, lonely, core)
+    shape = 2 * found.fwhm[row], found.ellipticity[row], found.angle[row]
+    return MosaicStars(stars, *shape, width, lonely & calm, calm, core)
 
 
 def _lonely(stars: Stars, reach: float) -> NDArray[np.bool_]:
@@ -221,6 +230,24 @@ def _lonely(stars: Stars, reach: float) -> NDArray[np.bool_]:
     for a, b in (pairs.T, pairs.T[::-1]):
         lonely[a[light[b] > _COMPANY * light[a]]] = False
     return lonely
+
+
+def _unevenness(luminance: FloatImage, stars: Stars, radius: float) -> Floats:
+    """What a bent sky may add to the aperture ``(n,)`` of each star, ADU: its scatter around the ring, noise taken off.
+
+    The ring is cut into eight sectors. A slope cancels in the mean of two opposite ones.
+    """
+    angle = (np.arange(_SECTORS)[:, None] + (np.arange(_ANGLES) + 0.5) / _ANGLES) * 2 * np.pi / _SECTORS
+    reach = radius * np.array(_RING)[:, None, None] / 2
+    u = ((stars.x - 0.5) / 2)[:, None, None, None] + reach * np.cos(angle)
+    v = ((stars.y - 0.5) / 2)[:, None, None, None] + reach * np.sin(angle)
+    i, j = (np.clip(np.rint(p).astype(np.int64), 0, n - 1) for p, n in zip((v, u), luminance.shape, strict=True))
+    samples = np.moveaxis(luminance[i, j], 1, 2).reshape(len(stars), _SECTORS, -1)
+    half = _SECTORS // 2
+    sector = nan_median(samples, 0.5)
+    noise = _MEDIAN_NOISE * plane_noise(luminance) / math.sqrt(2 * samples.shape[2])
+    bent = np.var((sector[:, :half] + sector[:, half:]) / 2, axis=1, ddof=1) - noise**2
+    return np.asarray(np.nan_to_num(np.sqrt(np.maximum(bent, 0)), nan=np.inf) * math.pi * radius**2)
 
 
 def sample_cells(values: FloatImage, weight: FloatImage, x: Floats, y: Floats, side: int = CELL) -> FloatImage:

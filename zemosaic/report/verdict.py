@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,16 @@ def judge(evidence: Evidence) -> Verdict:
     noise = surface.typical_noise
     # Where borders are known, steps across them tell seams from steep nebulae; those between blocks cannot.
     noted = {"block_step_p99"} if found.seams.pieces else set()
-    figures = tuple(_figure(key, value, graded=key not in noted) for key, value in _values(found, surface).items())
+    stars = found.photometry
+    # What the photons make of a figure is no fault of the mosaic.
+    allowed = {
+        "phot_scatter": stars.photons,
+        "phot_uniformity": stars.cell_photons,
+        "repeat_median": stars.lot_photons,
+    }
+    figures = tuple(
+        _figure(key, value, key not in noted, allowed.get(key)) for key, value in _values(found, surface).items()
+    )
     lots = lot_lines(evidence, found)
     return Verdict(
         grade=max((figure.grade for figure in figures), key=GRADES.index),
@@ -175,14 +184,21 @@ def _values(found: Measures, surface: Surface) -> dict[str, Floats | float]:
     }
 
 
-def _figure(key: str, value: Floats | float, graded: bool = True) -> Figure:
-    """A figure of one number, or of one per colour; not graded, it is only told."""
+def _figure(key: str, value: Floats | float, graded: bool = True, allowed: Floats | None = None) -> Figure:
+    """A figure of one number, or of one per colour; not graded, it is only told.
+
+    `allowed`, of the same shape, adds to the limits in quadrature.
+    """
     limit = THRESHOLDS[key]
     if not graded:
         limit = Threshold(limit.group, limit.unit)
-    colours = tuple(float(v) for v in value) if isinstance(value, np.ndarray) and value.ndim else ()
-    known = [v for v in colours or (float(value),) if math.isfinite(v)]
-    number = max(known) if known else math.nan
+    values = np.atleast_1d(np.asarray(value, float))
+    colours = tuple(values.tolist()) if np.ndim(value) else ()
+    worst = int(np.nanargmax(values)) if np.isfinite(values).any() else 0
+    number = float(values[worst]) if math.isfinite(values[worst]) else math.nan
+    if allowed is not None and math.isfinite(allowed[worst]):
+        more = float(allowed[worst])
+        limit = replace(limit, warn=math.hypot(limit.warn, more), fail=math.hypot(limit.fail, more))
     return Figure(key, limit.group, limit.unit, number, limit.warn, limit.fail, limit.grade(number), colours)
 
 
