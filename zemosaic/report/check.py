@@ -96,7 +96,7 @@ def check_mosaic(
         if not matched:
             raise CheckError(f"none of the subs lies on {mosaic}")
     try:
-        verdict = judge(evidence)
+        verdict = judge(evidence, worker_count(settings.num_processing_workers))
     except TooLittle as problem:
         raise CheckError(f"{mosaic}: {problem}") from problem
     note = render("verdict_alone", {}, settings.language)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,8 +40,8 @@ class Measures:
     hole_ppm: float
 
 
-def measure(evidence: Evidence) -> tuple[Surface, Measures]:
-    """Measure everything that the evidence allows.
+def measure(evidence: Evidence, workers: int = 1) -> tuple[Surface, Measures]:
+    """Measure everything that the evidence allows, on so many threads.
 
     Raises
     ------
@@ -49,21 +50,30 @@ def measure(evidence: Evidence) -> tuple[Surface, Measures]:
     """
     if min(evidence.shape) < _MIN_SIDE:
         raise TooLittle(f"a picture of {evidence.shape[1]} x {evidence.shape[0]} px is too small to be judged")
-    surface = measure_surface(evidence)
+    surface = measure_surface(evidence, workers)
     if not np.isfinite(surface.sky).any():
         raise TooLittle("the picture holds hardly any data")
     aperture = evidence.stars.aperture if evidence.stars is not None else float("nan")
-    stars = measure_stars(evidence.image, aperture, surface.planes)
-    matched = match_stars(evidence, stars)
-    holes, area = find_holes(surface)
-    return surface, Measures(
-        seams=measure_seams(evidence, surface),
-        levels=measure_levels(evidence, surface),
-        photometry=measure_photometry(evidence, stars, matched),
-        astrometry=measure_astrometry(evidence, stars, matched),
-        noise=measure_noise(evidence, surface),
-        sharpness=measure_sharpness(evidence, stars),
-        trails=tuple(find_trails(surface, stars)),
-        holes=tuple(holes),
-        hole_ppm=1e6 * area / max(1.0, float(surface.valid.sum()) * CELL**2),
-    )
+    with ThreadPoolExecutor(workers) as pool:
+        found = pool.submit(measure_stars, evidence.image, aperture, surface.planes)  # the longest
+        seams = pool.submit(measure_seams, evidence, surface)
+        levels = pool.submit(measure_levels, evidence, surface)
+        noise = pool.submit(measure_noise, evidence, surface)
+        gaps = pool.submit(find_holes, surface)
+        stars = found.result()
+        trails = pool.submit(find_trails, surface, stars)
+        matched = match_stars(evidence, stars)
+        photometry = pool.submit(measure_photometry, evidence, stars, matched)
+        astrometry = pool.submit(measure_astrometry, evidence, stars, matched)
+        holes, area = gaps.result()
+        return surface, Measures(
+            seams=seams.result(),
+            levels=levels.result(),
+            photometry=photometry.result(),
+            astrometry=astrometry.result(),
+            noise=noise.result(),
+            sharpness=measure_sharpness(evidence, stars),
+            trails=tuple(trails.result()),
+            holes=tuple(holes),
+            hole_ppm=1e6 * area / max(1.0, float(surface.valid.sum()) * CELL**2),
+        )

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from zemosaic.events import render
+from zemosaic.execute import worker_count
 from zemosaic.files import write_whole
 from zemosaic.ledger import Ledger, TileRecord
 from zemosaic.product import ProductFacts, ProductPaths
@@ -90,7 +91,7 @@ def report_mosaic(
     """
     verdict, problem = None, ""
     try:
-        verdict = judge(evidence)
+        verdict = judge(evidence, worker_count(settings.num_processing_workers))
     except TooLittle as reason:
         problem = str(reason)
     story = Story(

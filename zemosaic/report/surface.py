@@ -15,6 +15,7 @@ import sep
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
+from zemosaic.execute import thread_map
 from zemosaic.report.evidence import Evidence, Floats
 from zemosaic.stars import Aperture, Detection, Plane, Stars, colour_planes, detect, photometry, plane_noise
 from zemosaic.tiles import FloatImage
@@ -153,18 +154,22 @@ class MosaicStars:
         return np.c_[self.stars.x, self.stars.y]
 
 
-def measure_surface(evidence: Evidence) -> Surface:
-    """Mask the sources, average what is left in cells, and measure the noise of the pixels."""
+def measure_surface(evidence: Evidence, workers: int = 1) -> Surface:
+    """Mask the sources, average what is left in cells, and measure the noise of the pixels, on so many threads."""
     image = evidence.image
     cells = colour_planes(image, None)
     planes = [plane.data for plane in cells]
-    grey = np.asarray(np.mean(planes, axis=0), np.float32)
+    grey = _mean(planes)
     there = np.isfinite(grey)
     level, scatter = _background(grey)
     free = (there & ~_sources(grey, scatter)).astype(np.float32)
     valid = _cell_means(there.astype(np.float32))
     h, w = valid.shape
-    light = [_cell_means(np.where(free > 0, p, np.float32(0)), _HALVES // 2)[: 2 * h, : 2 * w] for p in planes]
+
+    def free_light(plane: FloatImage) -> FloatImage:
+        return _cell_means(np.where(free > 0, plane, np.float32(0)), _HALVES // 2)[: 2 * h, : 2 * w]
+
+    light = list(thread_map(free_light, planes, workers))
     fine, fine_free = _means(np.stack(light, axis=-1), _cell_means(free, _HALVES // 2)[: 2 * h, : 2 * w])
     sky, share = _means(np.stack([_cell_means(p, 2) for p in light], axis=-1), _cell_means(fine_free, 2))
     coverage = None
@@ -174,10 +179,20 @@ def measure_surface(evidence: Evidence) -> Surface:
         with np.errstate(invalid="ignore", divide="ignore"):
             coverage = _cell_means(np.where(there, bins, 0).astype(np.float32)) / valid
     region = 64 * max(1, math.ceil(max(evidence.shape) / (64 * MAX_MAP)))
-    noise = np.stack([_noise_map(c, region) for c in np.moveaxis(np.atleast_3d(image), 2, 0)], axis=-1)
+    channels = np.moveaxis(np.atleast_3d(image), 2, 0)
+    noise = np.stack(list(thread_map(lambda c: _noise_map(c, region), channels, workers)), axis=-1)
     unit = float(np.median(scatter[there][::97])) if there.any() else math.nan
     luminance = (grey - level) / scatter
     return Surface(evidence.shape, sky, share, fine, fine_free, valid, coverage, region, noise, luminance, unit, cells)
+
+
+def _mean(planes: list[FloatImage]) -> FloatImage:
+    """Mean of planes of equal shape, without stacking them first."""
+    total = planes[0].copy()
+    for plane in planes[1:]:
+        total += plane
+    total /= np.float32(len(planes))
+    return total
 
 
 def measure_stars(image: FloatImage, radius: float = math.nan, planes: list[Plane] | None = None) -> MosaicStars:
@@ -194,7 +209,7 @@ def measure_stars(image: FloatImage, radius: float = math.nan, planes: list[Plan
         `Surface.planes`, if they are there already.
     """
     planes = planes or colour_planes(image, None)
-    luminance = np.asarray(np.mean([p.data for p in planes], axis=0), np.float32)
+    luminance = _mean([p.data for p in planes])
     found = detect(luminance, limit=_MAX_STARS)
     width = 2 * found.typical_fwhm()
     if not np.isfinite(radius):

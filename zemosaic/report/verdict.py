@@ -110,15 +110,15 @@ class Verdict:
         return next(figure for figure in self.figures if figure.key == key)
 
 
-def judge(evidence: Evidence) -> Verdict:
-    """Measure everything that the evidence allows, and grade it.
+def judge(evidence: Evidence, workers: int = 1) -> Verdict:
+    """Measure everything that the evidence allows, on so many threads, and grade it.
 
     Raises
     ------
     zemosaic.report.measures.TooLittle
         The picture is too small, or all but empty.
     """
-    surface, found = measure(evidence)
+    surface, found = measure(evidence, workers)
     noise = surface.typical_noise
     # Where borders are known, steps across them tell seams from steep nebulae; those between blocks cannot.
     noted = {"block_step_p99"} if found.seams.pieces else set()
