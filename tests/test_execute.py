@@ -15,7 +15,15 @@ import pytest
 from threadpoolctl import threadpool_info
 
 from zemosaic import execute
-from zemosaic.execute import PROCESS_BYTES, elsewhere, memory_budget, one_thread_each, thread_map, worker_count
+from zemosaic.execute import (
+    PROCESS_BYTES,
+    elsewhere,
+    memory_budget,
+    one_thread_each,
+    side_by_side,
+    thread_map,
+    worker_count,
+)
 from zemosaic.frames import FrameError
 
 WORKERS = pytest.mark.parametrize("workers", [0, 1, 2, 5])
@@ -46,6 +54,16 @@ def test_results_come_in_the_order_of_the_items(workers):
         return i * i
 
     assert list(thread_map(work, range(30), workers)) == [i * i for i in range(30)]
+
+
+@WORKERS
+def test_calls_side_by_side_give_their_results_and_errors(workers):
+    with side_by_side(workers) as start:
+        there = start(threading.get_ident).result()
+        assert start(divmod, 17, 5).result() == (3, 2)
+        with pytest.raises(ZeroDivisionError):
+            start(divmod, 1, 0).result()
+    assert (there == threading.get_ident()) == (workers <= 1)
 
 
 @WORKERS

@@ -62,6 +62,26 @@ def thread_map(
                 future.cancel()
 
 
+@contextmanager
+def side_by_side(workers: int) -> Iterator[Callable[..., Future[Any]]]:
+    """What starts a call and gives its `Future`: on threads, or here and at once if there is only one worker.
+
+    For one worker no thread is started: where memory is used up, a thread may die before it has begun, and Python waits
+    for it for ever.
+    """
+    if workers > 1:
+        with ThreadPoolExecutor(workers) as pool:
+            yield pool.submit
+        return
+
+    def call(function: Callable[..., Any], *args: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function(*args))
+        return done
+
+    yield call
+
+
 def memory_budget(limit_gb: float | None = None) -> int:
     """Bytes a run may use: the limit (GB, 2^30 bytes), or 60 % of what is free now."""
     return int(limit_gb * 2**30 if limit_gb else _MEMORY_SHARE * psutil.virtual_memory().available)

@@ -19,7 +19,6 @@ import re
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -147,14 +146,11 @@ def save_product(
         folder.mkdir(parents=True, exist_ok=True)
         paths = _reserve(folder, f"{file_name(name)}_{file_name(facts.route)}")
         try:
-            with ThreadPoolExecutor(1) as painter:  # the picture takes as long as the file
-                picture = painter.submit(
-                    lambda: encode_png(preview_rgba(mosaic, **asdict(preview or PreviewSettings())))
-                )
-                with part_of(paths.fits).open("wb") as stream:
-                    _write_fits(stream, mosaic, facts, ledger, tiles)
-                    force(stream)
-            _write(part_of(paths.preview), picture.result())
+            with part_of(paths.fits).open("wb") as stream:
+                _write_fits(stream, mosaic, facts, ledger, tiles)
+                force(stream)
+            picture = preview_rgba(mosaic, **asdict(preview or PreviewSettings()))
+            _write(part_of(paths.preview), encode_png(picture))
             _write(part_of(paths.settings), settings_text.encode())
             _write(part_of(paths.frames), ledger.to_csv().encode())
             _publish(paths)

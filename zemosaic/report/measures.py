@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
+from zemosaic.execute import side_by_side
 from zemosaic.report.astrometry import AstrometryFigures, measure_astrometry
 from zemosaic.report.defects import Hole, Trail, find_holes, find_trails
 from zemosaic.report.evidence import Evidence
@@ -54,17 +54,17 @@ def measure(evidence: Evidence, workers: int = 1) -> tuple[Surface, Measures]:
     if not np.isfinite(surface.sky).any():
         raise TooLittle("the picture holds hardly any data")
     aperture = evidence.stars.aperture if evidence.stars is not None else float("nan")
-    with ThreadPoolExecutor(workers) as pool:
-        found = pool.submit(measure_stars, evidence.image, aperture, surface.planes)  # the longest
-        seams = pool.submit(measure_seams, evidence, surface)
-        levels = pool.submit(measure_levels, evidence, surface)
-        noise = pool.submit(measure_noise, evidence, surface)
-        gaps = pool.submit(find_holes, surface)
+    with side_by_side(workers) as start:
+        found = start(measure_stars, evidence.image, aperture, surface.planes)  # the longest
+        seams = start(measure_seams, evidence, surface)
+        levels = start(measure_levels, evidence, surface)
+        noise = start(measure_noise, evidence, surface)
+        gaps = start(find_holes, surface)
         stars = found.result()
-        trails = pool.submit(find_trails, surface, stars)
+        trails = start(find_trails, surface, stars)
         matched = match_stars(evidence, stars)
-        photometry = pool.submit(measure_photometry, evidence, stars, matched)
-        astrometry = pool.submit(measure_astrometry, evidence, stars, matched)
+        photometry = start(measure_photometry, evidence, stars, matched)
+        astrometry = start(measure_astrometry, evidence, stars, matched)
         holes, area = gaps.result()
         return surface, Measures(
             seams=seams.result(),
