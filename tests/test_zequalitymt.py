@@ -7,7 +7,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -512,7 +511,7 @@ def fake_measure(x: NDArray, y: NDArray, flux: NDArray) -> FrameMeasure:
     )
 
 
-def test_hundreds_of_frames_are_compared_in_seconds():
+def test_hundreds_of_frames_are_compared():
     rng = np.random.default_rng(0)
     sky = rng.uniform(0, 600, (120, 2))
     flux = 1e4 * np.linspace(1, 20, len(sky))
@@ -521,9 +520,7 @@ def test_hundreds_of_frames_are_compared_in_seconds():
     frames = [aimed(*shift) for shift in shifts]
     noise = np.exp(0.01 * rng.standard_normal((400, len(sky))))
     measures = [fake_measure(*(sky - d).T, c * flux * n) for d, c, n in zip(shifts, clear, noise, strict=True)]
-    start = time.process_time()
     told = compare(frames, measures)
-    assert time.process_time() - start < 5  # 1 s on a quiet machine
     np.testing.assert_allclose(told.transparency, clear / np.median(clear[clear > 0.72]), rtol=0.01)
     assert (told.placed == 1).all() and told.offset.max() < 0.01
 
