@@ -27,7 +27,6 @@ from zemosaic.events import Events
 from zemosaic.execute import Result, thread_map
 from zemosaic.frames import Frame
 from zemosaic.job import Workbench
-from zemosaic.resume import go_on
 from zemosaic.settings import Settings
 from zemosaic.stacking import Stack, stack_subs
 from zemosaic.stars import plane_noise
@@ -329,17 +328,7 @@ def stack_lot(lot: Lot, subs: Sequence[Sub], sky: NDArray[np.float64], bench: Wo
         means = bench.calibration, bench.settings, bench.events
         return stack_subs(members, subs, sky, *means, room=bench.store.room, workers=bench.workers)
 
-    steps = bench.results.steps(lot.members, subs, sky, bench.settings, mapped=True)
-    asked = go_on(steps)
-    made = [asked if isinstance(asked, Stack) else stack(asked)]
-
-    def finish() -> Stack:
-        found = asked if isinstance(asked, Stack) else go_on(steps, made.pop())
-        while not isinstance(found, Stack):  # a frame has changed meanwhile
-            found = go_on(steps, stack(found))
-        return found
-
-    return StackedLot(lot, finish, start)
+    return StackedLot(lot, bench.results.stack(lot.members, subs, sky, bench.settings, stack, mapped=True), start)
 
 
 def build_megatile(stacked: StackedLot, store: ArrayStore) -> tuple[Tile, LotReport] | None:
@@ -394,7 +383,7 @@ def choose_reference(tiles: Sequence[Tile], rest: Callable[[], None] = lambda: N
 def renormalise_gains(
     tiles: Sequence[Tile], scope: str = "shared", rest: Callable[[], None] = lambda: None, workers: int = 1
 ) -> Gains:
-    """Gain of every mega-tile against the reference: ``gain_ref = 1``, ``gain_i = median_ref / median_i``.
+    """Gain of every mega-tile against the reference: ``gain_ref = 1``, ``gain_i = median(ref / i)``.
 
     Parameters
     ----------
@@ -402,8 +391,8 @@ def renormalise_gains(
         Mega-tiles.
     scope : {"shared", "tile"}
         ``shared`` takes the median of the ratio over the pixels two tiles share and carries gains through the
-        overlaps to tiles that do not touch the reference; ``tile`` compares the medians of whole tiles, which
-        mistakes a brighter sky or a nebula for a gain. A tile without overlap gets the latter.
+        overlaps to tiles that do not touch the reference; ``tile`` takes ``median_ref / median_i`` of whole tiles,
+        which mistakes a brighter sky or a nebula for a gain. A tile without overlap gets the latter.
     rest : callable
         Called after every tile that was looked at: lets go of memory-mapped arrays.
     workers : int

@@ -581,7 +581,7 @@ def _stack(members: Sequence[int], job: Job, window: Window | None = None) -> St
         means = job.calibration, settings, job.events
         return stack_subs(members, job.subs, sky, *means, room=job.store.room, workers=job.workers, window=window)
 
-    return job.results.stack(members, job.subs, sky, settings, stack, window=window)
+    return job.results.stack(members, job.subs, sky, settings, stack, window=window)()
 
 
 def _with_data(mosaic: Mosaic) -> Mosaic:

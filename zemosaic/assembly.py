@@ -29,6 +29,7 @@ from zemosaic.warp import Crop, warp_block
 
 Method = Literal["reproject_coadd", "incremental"]
 Positions = tuple[NDArray[np.float64], NDArray[np.float64]]
+Resample = Callable[[Sub, TilePixels, Window, Positions, WCS], FloatImage | None]
 
 _BLOCK = 1024  # side of the blocks a tile is resampled in
 _RIM_BLOCK = 256  # side of the pieces that its shallow parts are kept in
@@ -72,7 +73,7 @@ def assemble(
     progress : callable
         Called with the tiles that are done and all that there are to do.
     check_stop : callable
-        Called before every block; raises to stop.
+        Called after every block; raises to stop.
 
     Returns
     -------
@@ -81,33 +82,17 @@ def assemble(
     """
     sky32 = sky.astype(np.float32)
     made = _Sum(np.zeros((len(sky), *canvas.shape), np.float32), np.zeros(canvas.shape, np.float32))
-    resample = _reprojected if method == "reproject_coadd" else _warped
+    resample: Resample = _reprojected if method == "reproject_coadd" else _warped
     rims: list[tuple[NDArray[np.float64], list[Window]]] = []
-
-    def sampled(block: Window, sub: Sub, pixels: TilePixels) -> tuple[Window, FloatImage] | None:
-        check_stop()
-        positions = sub.pixel_map.block(block)
-        weight = _weight(pixels.coverage, positions)
-        if not weight.any():
-            return None
-        there = _bounds(weight > 0)
-        x, y = (p[there.slices] for p in positions)
-        block = there.shift(block.y0, block.x0)
-        image = resample(sub, pixels, block, (x, y), canvas.wcs)
-        if image is None:
-            return None
-        sub.adjustment.apply(image, block, image)
-        image -= sky32[:, None, None]
-        known = ~np.isnan(image).any(axis=0)
-        return block, np.where(known, np.concatenate([image, weight[there.slices][None]]), np.float32(0))
 
     with store.spool() as spool:
         for index, sub in enumerate(tiles):
             progress(index, len(tiles))
             pixels = read(sub.frame)
-            work = partial(sampled, sub=sub, pixels=pixels)
+            work = partial(_sampled, sub=sub, pixels=pixels, sky=sky32, resample=resample, wcs=canvas.wcs)
             windows = []
             for found in thread_map(work, sub.window.blocks(_BLOCK), workers):
+                check_stop()
                 if found is not None:
                     block, samples = found
                     deep = samples[-1] >= _DEEP
@@ -165,6 +150,26 @@ class _Sum:
         np.add(self.total, sky[:, None, None], out=self.total)
         image = np.ascontiguousarray(np.moveaxis(self.total, 0, -1)) if len(sky) == 3 else self.total[0]
         return Mosaic(image, self.coverage, alpha_of(self.coverage), wcs.deepcopy())
+
+
+def _sampled(
+    block: Window, sub: Sub, pixels: TilePixels, sky: FloatImage, resample: Resample, wcs: WCS
+) -> tuple[Window, FloatImage] | None:
+    """What a tile holds of a block, as `_Sum` takes it, and where; None if that is nothing."""
+    positions = sub.pixel_map.block(block)
+    weight = _weight(pixels.coverage, positions)
+    if not weight.any():
+        return None
+    there = _bounds(weight > 0)
+    x, y = (p[there.slices] for p in positions)
+    block = there.shift(block.y0, block.x0)
+    image = resample(sub, pixels, block, (x, y), wcs)
+    if image is None:
+        return None
+    sub.adjustment.apply(image, block, image)
+    image -= sky[:, None, None]
+    known = ~np.isnan(image).any(axis=0)
+    return block, np.where(known, np.concatenate([image, weight[there.slices][None]]), np.float32(0))
 
 
 def _rims(shallow: NDArray[np.bool_], block: Window) -> Iterator[Window]:

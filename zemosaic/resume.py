@@ -141,7 +141,7 @@ class Results:
         *,
         window: Window | None = None,
         mapped: bool = False,
-    ) -> Stack:
+    ) -> Callable[[], Stack]:
         """A stack of frames, kept or made now, without those that have changed since their headers were read.
 
         Parameters
@@ -159,14 +159,22 @@ class Results:
 
         Returns
         -------
-        Stack
-            Frames that changed are `lost`.
+        callable
+            To be called once, by another core maybe: keeps what was made, and returns it. Frames that changed are
+            `lost`.
         """
         steps = self.steps(members, subs, sky, settings, window=window, mapped=mapped)
         asked = go_on(steps)
-        while not isinstance(asked, Stack):
-            asked = go_on(steps, make(asked))
-        return asked
+        made = [asked if isinstance(asked, Stack) else make(asked)]
+
+        def finish() -> Stack:
+            # Handed over without being held here: it may then be let go of as soon as it is kept.
+            found = asked if isinstance(asked, Stack) else go_on(steps, made.pop())
+            while not isinstance(found, Stack):  # a frame has changed meanwhile
+                found = go_on(steps, make(found))
+            return found
+
+        return finish
 
     def steps(
         self,
