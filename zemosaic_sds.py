@@ -27,6 +27,7 @@ from zemosaic.events import Events
 from zemosaic.execute import Result, thread_map
 from zemosaic.frames import Frame
 from zemosaic.job import Workbench
+from zemosaic.robust import median
 from zemosaic.settings import Settings
 from zemosaic.stacking import Stack, stack_subs
 from zemosaic.stars import plane_noise
@@ -552,8 +553,7 @@ def _median(values: FloatImage, where: NDArray[np.bool_]) -> float:
     """Median over a mask, NaN left out, from at most half a million evenly spread pixels; NaN if none."""
     picked = values[where]
     picked = picked[:: max(1, picked.size // _MEDIAN_SAMPLES)]
-    picked = picked[np.isfinite(picked)]
-    return float(np.median(picked)) if picked.size else float("nan")
+    return median(picked)
 
 
 def _report_gains(gains: Gains, events: Events) -> None:

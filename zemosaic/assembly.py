@@ -23,6 +23,7 @@ from zemosaic.combine import Clip, combine
 from zemosaic.execute import thread_map
 from zemosaic.frames import Frame
 from zemosaic.mastertile import TilePixels
+from zemosaic.robust import median
 from zemosaic.store import ArrayStore
 from zemosaic.tiles import FloatImage, Mosaic, Window, alpha_of, has_data
 from zemosaic.warp import Crop, warp_block
@@ -188,7 +189,7 @@ def _bounds(mask: NDArray[np.bool_]) -> Window:
 def _typical(coverage: FloatImage) -> float:
     """Median coverage of the pixels that have any, frames: the depth that a tile's noise was measured at."""
     covered = coverage[coverage > 0]
-    return float(np.median(covered)) if covered.size else 1.0
+    return median(covered) if covered.size else 1.0
 
 
 def _agrees(
@@ -231,7 +232,7 @@ def _reprojected(
         return None
     planes = np.moveaxis(np.atleast_3d(pixels.image[near]), 2, 0)
     if holes.any():
-        typical = np.array([np.median(plane[~holes][::_SPARSE]) for plane in planes], np.float32)
+        typical = np.array([median(plane[~holes][::_SPARSE]) for plane in planes], np.float32)
         planes = np.concatenate([np.where(holes, typical[:, None, None], planes), ~holes[None]], dtype=np.float32)
     assert sub.frame.wcs is not None
     made = reproject_interp(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from zemosaic.frames import Frame, FrameError, read_frame, read_pixels
 from zemosaic.kernels import debayer_part, lonely_pixels
+from zemosaic.robust import median
 from zemosaic.tiles import FloatImage
 
 # A defect stands alone: the seven lowest of its eight direct neighbours together carry less than this
@@ -139,14 +140,14 @@ def find_hot_pixels(plane: FloatImage, *, bayer: bool, sigma: float = 6.0) -> Re
             if holes.all():
                 return NO_REPAIRS
             if holes.any():
-                sub = np.where(holes, np.median(sub[~holes]), sub)
-            median = np.asarray(cv2.medianBlur(sub, 5), np.float32)
+                sub = np.where(holes, np.float32(median(sub)), sub)
+            local = np.asarray(cv2.medianBlur(sub, 5), np.float32)
             some = (slice(None, None, 5),) * 2
-            scatter = np.abs(np.where(holes[some], np.float32(0), sub[some] - median[some]))
+            scatter = np.abs(np.where(holes[some], np.float32(0), sub[some] - local[some]))
             phases.append(sub)
-            smooth.append(median)
-            limit.append(sigma * max(1.4826 * float(np.median(scatter)), 1e-3))
-            level.append(max(float(np.median(median[some])), 1.0))
+            smooth.append(local)
+            limit.append(sigma * max(1.4826 * median(scatter), 1e-3))
+            level.append(max(median(local[some]), 1.0))
     found = lonely_pixels(plane, tuple(phases), tuple(smooth), np.array(limit), np.array(level), _LONELY)
     return Repairs(*found) if len(found[0]) else NO_REPAIRS
 

@@ -121,45 +121,24 @@ def lanczos(channels: int) -> Any:
         # The second of each pair never matters where the source is as large as promised.
         low_x, high_x = max(-0.5, x0 + _BEFORE), min(shape[1] - 0.5, x0 + source.shape[1] // channels - _BEHIND)
         low_y, high_y = max(-0.5, y0 + _BEFORE), min(shape[0] - 0.5, y0 + source.shape[0] - _BEHIND)
-        last_row, last_column = grid_x.shape[0] - 2, grid_x.shape[1] - 2
-        row_x, row_y = np.empty(grid_x.shape[1]), np.empty(grid_x.shape[1])
-        first_node = min(left // step, last_column)
-        stop_node = min((left + length - 1) // step, last_column) + 2
+        limits = low_x, high_x, low_y, high_y
+        starts, nears = np.empty(length, np.int32), np.empty(length, np.int32)
+        phases_x, phases_y = np.empty(length, np.int32), np.empty(length, np.int32)
         lines = np.empty(taps, np.float32)
         value = np.empty(channels, np.float32)
-        missing = np.float32(np.nan)
         count = 0
         for v in range(height):
-            i = min((top + v) // step, last_row)
-            share = (top + v) / step - i
-            for j in range(first_node, stop_node):
-                row_x[j] = grid_x[i, j] * (1 - share) + grid_x[i + 1, j] * share
-                row_y[j] = grid_y[i, j] * (1 - share) + grid_y[i + 1, j] * share
-            node, cell_end = first_node - 1, 0
-            x_start = y_start = x_slope = y_slope = 0.0
+            at = y0, x0, source.shape[1], channels
+            _look_up(grid_x, grid_y, step, top + v, left, limits, at, starts, nears, phases_x, phases_y)
             for u in range(length):
-                if left + u >= cell_end:
-                    node = min(node + 1, last_column)
-                    cell_end = (node + 1) * step if node < last_column else left + length
-                    x_slope, y_slope = (row_x[node + 1] - row_x[node]) / step, (row_y[node + 1] - row_y[node]) / step
-                    x_start, y_start = row_x[node] - node * step * x_slope, row_y[node] - node * step * y_slope
-                x, y = x_start + (left + u) * x_slope, y_start + (left + u) * y_slope
-                if not (x >= low_x and x <= high_x and y >= low_y and y <= high_y):
+                if starts[u] < 0:
                     for c in range(channels):
-                        out[c, v, u] = missing
+                        out[c, v, u] = np.nan
                     continue
                 count += 1
-                ix, iy = math.floor(x), math.floor(y)
-                px = numba.uint64(int((x - ix) * _PHASES + 0.5) * _TAPS)
-                py = numba.uint64(int((y - iy) * _PHASES + 0.5) * _TAPS)
-                start = numba.uint64(iy - y0 - LANCZOS_REACH + 1) * width
-                start += numba.uint64((ix - x0 - LANCZOS_REACH + 1) * channels)
-                w0, w1, w2 = weights[py], weights[py + numba.uint64(1)], weights[py + numba.uint64(2)]
-                w3, w4, w5 = (
-                    weights[py + numba.uint64(3)],
-                    weights[py + numba.uint64(4)],
-                    weights[py + numba.uint64(5)],
-                )
+                start, nearest = numba.uint64(starts[u]), numba.uint64(nears[u])
+                px, py = numba.uint64(phases_x[u]), numba.uint64(phases_y[u])
+                w0, w1, w2, w3, w4, w5 = _six(weights, py)
                 # Six rows into one first: the compiler does that with vectors, whatever the number of channels.
                 for k in range(taps):
                     a = start + numba.uint64(k)
@@ -170,32 +149,97 @@ def lanczos(channels: int) -> Any:
                     lines[k] = (w0 * flat[a] + w1 * flat[b] + w2 * flat[c2]) + (
                         w3 * flat[d] + w4 * flat[e] + w5 * flat[e + width]
                     )
+                w0, w1, w2, w3, w4, w5 = _six(weights, px)
                 jump = False
-                nearest = numba.uint64(math.floor(y + 0.5) - y0) * width
-                nearest += numba.uint64((math.floor(x + 0.5) - x0) * channels)
                 for c in range(channels):
                     total = (
-                        (weights[px] * lines[c] + weights[px + numba.uint64(1)] * lines[channels + c])
-                        + (
-                            weights[px + numba.uint64(2)] * lines[2 * channels + c]
-                            + weights[px + numba.uint64(3)] * lines[3 * channels + c]
-                        )
-                        + (
-                            weights[px + numba.uint64(4)] * lines[4 * channels + c]
-                            + weights[px + numba.uint64(5)] * lines[5 * channels + c]
-                        )
+                        (w0 * lines[c] + w1 * lines[channels + c])
+                        + (w2 * lines[2 * channels + c] + w3 * lines[3 * channels + c])
+                        + (w4 * lines[4 * channels + c] + w5 * lines[5 * channels + c])
                     )
-                    value[c] = total
+                    out[c, v, u] = total
                     # Also true where anything is missing.
                     jump |= not abs(total - flat[nearest + numba.uint64(c)]) <= edge
                 if jump:
+                    for c in range(channels):
+                        value[c] = out[c, v, u]
                     _guard(flat, width, channels, start, nearest, weights, px, py, edge, value)
-                for c in range(channels):
-                    level = plane[c, 0] + plane[c, 1] * (left + u) + plane[c, 2] * (top + v)
-                    out[c, v, u] = value[c] * gain[c] - level
+                    for c in range(channels):
+                        out[c, v, u] = value[c]
+            for c in range(channels):
+                factor, base, slope, rest = gain[c], plane[c, 0], plane[c, 1], plane[c, 2] * (top + v)
+                for u in range(length):
+                    level = base + slope * np.float64(np.int32(left + u)) + rest
+                    out[c, v, u] = out[c, v, u] * factor - level
         return count
 
     return warp
+
+
+@_compiled
+def _look_up(grid_x, grid_y, step, v, left, limits, source, starts, nears, phases_x, phases_y):  # type: ignore[no-untyped-def]
+    """Where the pixels of one row look: a loop of its own, because the compiler does that with vectors.
+
+    Parameters
+    ----------
+    grid_x, grid_y, step, left
+        As in `lanczos`.
+    v : int
+        Row, pixels from node ``[0, 0]`` of the grid.
+    limits : tuple of float
+        Least and greatest x, then y, that have all that interpolation looks at.
+    source : tuple of int
+        Frame row and column of the source's first pixel; numbers in a row of the source, and in a pixel.
+    starts, nears : ndarray
+        ``(length,)`` int32, are filled: where the source has the first of the 6x6 pixels around a position (-1 if that
+        is beyond the limits), and the nearest.
+    phases_x, phases_y : ndarray
+        ``(length,)`` int32, are filled: where the table has the weights in x and y.
+    """
+    low_x, high_x, low_y, high_y = limits
+    y0, x0, width, channels = source
+    first_x, first_y = np.int32(x0 + LANCZOS_REACH - 1), np.int32(y0 + LANCZOS_REACH - 1)
+    across, down, taps = np.int32(channels), np.int32(width), np.int32(_TAPS)
+    near, one, none = np.int32(LANCZOS_REACH - 1), np.int32(1), np.int32(0)
+    last_row, last_column = grid_x.shape[0] - 2, grid_x.shape[1] - 2
+    i = min(v // step, last_row)
+    share = v / step - i
+    node, u, length = min(left // step, last_column), 0, len(starts)
+    x_here = grid_x[i, node] * (1 - share) + grid_x[i + 1, node] * share
+    y_here = grid_y[i, node] * (1 - share) + grid_y[i + 1, node] * share
+    while u < length:
+        x_next = grid_x[i, node + 1] * (1 - share) + grid_x[i + 1, node + 1] * share
+        y_next = grid_y[i, node + 1] * (1 - share) + grid_y[i + 1, node + 1] * share
+        stop = min(length, (node + 1) * step - left) if node < last_column else length
+        x_slope, y_slope = (x_next - x_here) / step, (y_next - y_here) / step
+        x_start, y_start = x_here - node * step * x_slope, y_here - node * step * y_slope
+        for k in range(u, stop):
+            column = np.float64(np.int32(left + k))  # vectors know how to convert 32 bits, but not 64
+            x, y = x_start + column * x_slope, y_start + column * y_slope
+            inside = (x >= low_x) & (x <= high_x) & (y >= low_y) & (y <= high_y)
+            x, y = x if inside else low_x, y if inside else low_y
+            whole_x, whole_y = np.floor(x), np.floor(y)
+            x, y = x - whole_x, y - whole_y
+            start = (np.int32(whole_y) - first_y) * down + (np.int32(whole_x) - first_x) * across
+            right, below = near + (one if x >= 0.5 else none), near + (one if y >= 0.5 else none)
+            starts[k] = start if inside else -1
+            nears[k] = start + below * down + right * across
+            phases_x[k] = np.int32(x * _PHASES + 0.5) * taps
+            phases_y[k] = np.int32(y * _PHASES + 0.5) * taps
+        x_here, y_here, node, u = x_next, y_next, node + 1, stop
+
+
+@_compiled
+def _six(weights, at):  # type: ignore[no-untyped-def]
+    """Six numbers of an array of weights."""
+    return (
+        weights[at],
+        weights[at + numba.uint64(1)],
+        weights[at + numba.uint64(2)],
+        weights[at + numba.uint64(3)],
+        weights[at + numba.uint64(4)],
+        weights[at + numba.uint64(5)],
+    )
 
 
 @_compiled
@@ -419,23 +463,28 @@ def star_sums(plane, corner_x, corner_y, side, x, y, radius, inner, outer):  # t
         ``(n,)`` float64, sum of the squared shares with which cells counted.
     """
     total, effective = np.empty(len(x)), np.empty(len(x))
-    ring = np.empty(side * side)
+    ring = np.empty(side * side, np.float32)
+    nearest, farthest, rim = inner * inner, outer * outer, (radius + 1) * (radius + 1)
     for star in range(len(x)):
         light = counted = squares = 0.0
         known = 0
         for v in range(corner_y[star], corner_y[star] + side):
+            down = 2.0 * v - y[star]
             for u in range(corner_x[star], corner_x[star] + side):
                 sample = plane[v, u]
-                distance = math.hypot(2.0 * u - x[star], 2.0 * v - y[star])
-                if inner <= distance <= outer and not math.isnan(sample):
-                    ring[known] = sample
-                    known += 1
-                share = min(max((radius - distance) / 2 + 0.5, 0.0), 1.0)
-                light += sample * share
-                counted += share
-                squares += share * share
                 if math.isnan(sample):
                     light = np.nan
+                    continue
+                along = 2.0 * u - x[star]
+                square = along * along + down * down
+                if square < rim:
+                    share = min((radius - math.sqrt(square)) / 2 + 0.5, 1.0)
+                    light += sample * share
+                    counted += share
+                    squares += share * share
+                if nearest <= square <= farthest:
+                    ring[known] = sample
+                    known += 1
         total[star] = light - counted * np.median(ring[:known]) if known else np.nan
         effective[star] = squares
     return total, effective

@@ -13,6 +13,7 @@ from scipy.spatial import cKDTree
 
 from zemosaic.calibrate import Calibration, Repairs, prepare
 from zemosaic.frames import Frame, FrameError
+from zemosaic.robust import median
 from zemosaic.stars import (
     Aperture,
     Detection,
@@ -130,7 +131,7 @@ def measure_frame(
         # Noise of the sky in the aperture; a cell is 2 px wide.
         snr=_typical_snr(stars, 2 * math.sqrt(math.pi) * aperture.radius * float(np.linalg.norm(cell_noise))),
         structure=_structure(blocks.mean(axis=2, dtype=np.float64)),
-        sky=np.array([_median(blocks[..., c]) for c in range(len(planes))]),
+        sky=np.array([median(blocks[..., c]) for c in range(len(planes))]),
         noise=cell_noise * np.sqrt([p.pixels_per_cell for p in planes]),
         blocks=blocks,
         # The median of a normal sample scatters 1.25 times as much as its mean.
@@ -211,7 +212,10 @@ def _structure(blocks: NDArray[np.float64]) -> float:
     y, x = np.nonzero(np.isfinite(fields).mean(axis=2) >= 0.5)
     if len(x) < 9:
         return math.nan
-    rest = value = np.nanpercentile(fields[y, x], 25, axis=1)
+    seen = fields[y, x]
+    # Looking out for gaps takes ten times as long.
+    percentile = np.percentile if np.isfinite(seen).all() else np.nanpercentile
+    rest = value = percentile(seen, 25, axis=1)
     design = np.c_[np.ones(len(x)), x, y]
     for _ in range(3):  # a cloud must not tilt the plane
         off = np.abs(rest - np.median(rest))
@@ -219,8 +223,3 @@ def _structure(blocks: NDArray[np.float64]) -> float:
         rest = value - design @ np.linalg.lstsq(design[keep], value[keep], rcond=None)[0]
     low, high = np.percentile(rest, (10, 90))
     return float(high - low) / 2.56
-
-
-def _median(values: FloatImage) -> float:
-    values = values[np.isfinite(values)]
-    return float(np.median(values)) if values.size else float("nan")

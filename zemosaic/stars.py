@@ -7,6 +7,7 @@ colours of a CFA come apart by themselves. Positions are given in pixels of the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from zemosaic.kernels import cfa_cells, star_sums
+from zemosaic.robust import median
 from zemosaic.tiles import FloatImage
 
 _MAX_STARS = 400  # brightest detections that are measured
@@ -186,7 +188,7 @@ def detect(luminance: FloatImage, *, sigma: float = _DETECT_SIGMA, limit: int = 
     found = found[np.argsort(-found["flux"], kind="stable")[:limit]]
     if not len(found):
         return empty
-    radius, bad = sep.flux_radius(image, found["x"], found["y"], np.full(len(found), 8.0), 0.5, subpix=5)
+    radius, bad = sep.flux_radius(image, found["x"], found["y"], np.full(len(found), 8.0), 0.5, subpix=3)
     good = (bad == 0) & ~_sharper_than_light(image, found)
     a, b = found["a"][good].astype(float), found["b"][good].astype(float)
     return Detection(
@@ -301,8 +303,7 @@ def plane_noise(plane: FloatImage) -> float:
     """Sky noise of one pixel of `plane`, ADU: MAD of differences two pixels apart, blind to smooth structure."""
     rows = max(1, plane.shape[0] // 128)  # a hundred rows give it to half a percent
     difference = plane[::rows, 2:] - plane[::rows, :-2]
-    difference = difference[np.isfinite(difference)]
-    return float(1.4826 * np.median(np.abs(difference)) / np.sqrt(2)) if difference.size else float("nan")
+    return 1.4826 * median(np.abs(difference)) / math.sqrt(2)
 
 
 def block_medians(planes: list[Plane], cells: int) -> FloatImage:
