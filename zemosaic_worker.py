@@ -182,6 +182,7 @@ def run_hierarchical_mosaic(
                 tiles=made.tiles,
                 settings_text=settings_toml(settings),
                 preview=preview_settings(settings),
+                workers=job.workers,
             )
             keep_state(job, intake, made, route)
             if settings.report:

@@ -99,13 +99,13 @@ def test_downsampling_averages_area_and_leaves_holes_out():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         wanted = np.nanmean(plane.reshape(STRIP + 20, 2, 150, 2), axis=(1, 3))
-    np.testing.assert_allclose(_area_mean(plane[..., None], (150, STRIP + 20))[..., 0], wanted, rtol=1e-5)
+    np.testing.assert_allclose(_area_mean(plane[..., None], (150, STRIP + 20), 2)[..., 0], wanted, rtol=1e-5)
     smooth = np.broadcast_to(np.arange(300, dtype=np.float32), (100, 300))
-    uneven = _area_mean(smooth[..., None], (70, 23))[..., 0]
+    uneven = _area_mean(smooth[..., None], (70, 23), 2)[..., 0]
     np.testing.assert_allclose(uneven, np.broadcast_to((np.arange(70) + 0.5) * 300 / 70 - 0.5, (23, 70)), atol=0.06)
     holes = np.full((4, 4), np.nan, np.float32)
     holes[0, 0] = 5
-    assert np.isnan(_area_mean(holes[..., None], (1, 1)))
+    assert np.isnan(_area_mean(holes[..., None], (1, 1)), 2)
 
 
 @pytest.mark.filterwarnings("error")

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 
-from zemosaic.rejection import EVEN_NOISE, MODEL_WEIGHT, complete, judge, medians, weighted_mean
+from zemosaic.rejection import EVEN_NOISE, MODEL_WEIGHT, complete, judge, medians, slope_tolerance, weighted_mean
 from zemosaic.tiles import FloatImage
 
 Rejection = Literal["winsorized_sigma_clip", "kappa_sigma", "linear_fit_clip", "none"]
@@ -113,9 +112,7 @@ def _limits(
     clip: Clip,
 ) -> tuple[FloatImage, FloatImage, np.float32, np.float32]:
     """What `judge` asks for: tolerance, excess, and the squared thresholds below and above."""
-    tolerance = np.stack(
-        [(np.float32(STAR_TOLERANCE) * _signal_above(*pair)) ** 2 for pair in zip(centre, sky, strict=True)]
-    )
+    tolerance = slope_tolerance(centre, sky, np.float32(STAR_TOLERANCE))
     excess = np.zeros((0, 0, 0), np.float32)
     if clip.method == "kappa_sigma":
         excess = np.ones_like(centre)
@@ -149,12 +146,6 @@ def _order_slope(ordered: FloatImage, centre: FloatImage, count: NDArray[np.int3
             share = table[count, rank]
             slope += np.where(share != 0, share * (plane - centre), np.float32(0))
     return slope
-
-
-def _signal_above(centre: FloatImage, sky: np.float32) -> FloatImage:
-    """Signal above the sky at every pixel or its brightest neighbour, ``(h, w)``: where star slopes are."""
-    above = np.nan_to_num(centre - sky, nan=0.0, posinf=0.0, neginf=0.0)
-    return cv2.dilate(np.maximum(above, 0), np.ones((3, 3), np.uint8)).astype(np.float32, copy=False)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from zemosaic.execute import thread_map
 from zemosaic.tiles import FloatImage, Mosaic, has_data
 
 MAX_SAMPLES = 1_000_000  # pixels that the tone is measured on
@@ -64,6 +66,7 @@ def preview_rgba(
     asinh_a: float = 12.0,
     max_dim: int = 3200,
     apply_wb: bool = False,
+    workers: int = 1,
 ) -> NDArray[np.uint8]:
     """A picture of the mosaic: neutral dark sky, one asinh stretch for all channels.
 
@@ -76,6 +79,8 @@ def preview_rgba(
         Colour or mono; read only.
     p_low, p_high, asinh_a, max_dim, apply_wb
         As in `PreviewSettings`.
+    workers : int
+        Threads.
 
     Returns
     -------
@@ -83,16 +88,19 @@ def preview_rgba(
         ``(h, w, 4)`` uint8, red, green, blue, alpha, sRGB. The first row is the *last* one of the
         mosaic: FITS counts rows upwards, pictures downwards. Transparent where there is no data.
     """
-    image, alpha = _shrink(mosaic, max_dim)
+    image, alpha = _shrink(mosaic, max_dim, workers)
     shown = has_data(image) & (alpha > 0)
     picture = np.zeros((*shown.shape, 4), np.uint8)
     if shown.any():
         tone = _measure(_sample(image, shown), p_low, p_high, asinh_a, apply_wb)
         upright = picture[::-1]
-        for y in range(0, len(upright), STRIP):
-            rows = slice(y, y + STRIP)
+
+        def develop(rows: slice) -> None:
             upright[rows, :, :3] = _develop(image[rows], tone) * shown[rows, :, None]
             upright[rows, :, 3] = alpha[rows] * shown[rows]
+
+        for _ in thread_map(develop, _strips(len(upright)), workers):
+            pass
     return picture
 
 
@@ -104,33 +112,46 @@ def encode_png(rgba: NDArray[np.uint8]) -> bytes:
     return data.tobytes()
 
 
-def _shrink(mosaic: Mosaic, max_dim: int) -> tuple[FloatImage, NDArray[Any]]:
+def _strips(rows: int) -> Iterator[slice]:
+    return (slice(y, y + STRIP) for y in range(0, rows, STRIP))
+
+
+def _shrink(mosaic: Mosaic, max_dim: int, workers: int) -> tuple[FloatImage, NDArray[Any]]:
     """Image ``(h, w, C)``, NaN = no data, and alpha ``(h, w)``, area-averaged to `max_dim`."""
     ny, nx = mosaic.shape
     factor = min(1.0, max_dim / max(ny, nx))
     size = max(1, round(nx * factor)), max(1, round(ny * factor))
     image = np.atleast_3d(mosaic.image)
-    return _area_mean(image, size), cv2.resize(mosaic.alpha, size, interpolation=cv2.INTER_AREA)
+    return _area_mean(image, size, workers), cv2.resize(mosaic.alpha, size, interpolation=cv2.INTER_AREA)
 
 
-def _area_mean(image: FloatImage, size: tuple[int, int]) -> FloatImage:
+def _area_mean(image: FloatImage, size: tuple[int, int], workers: int) -> FloatImage:
     """Mean over the area of each pixel of a smaller image ``(w, h)``; pixels with NaN in any channel have no weight."""
-    total = np.empty((len(image), size[0], image.shape[-1]), np.float32)
-    share = np.empty((len(image), size[0]), np.float32)
     # The rows of a strip get narrower, then all get fewer: no copy of the whole image is needed.
-    for y in range(0, len(image), STRIP):
-        rows = slice(y, y + STRIP)
-        valid = has_data(image[rows])
-        narrow = size[0], len(valid)
-        filled = np.asarray(np.where(valid[..., None], image[rows], np.float32(0)))
-        total[rows] = np.atleast_3d(cv2.resize(filled, narrow, interpolation=cv2.INTER_AREA))
-        share[rows] = cv2.resize(valid.astype(np.float32), narrow, interpolation=cv2.INTER_AREA)
+    total, share = _narrowed(image, size[0], workers)
     mean = np.atleast_3d(cv2.resize(total, size, interpolation=cv2.INTER_AREA)).astype(np.float32, copy=False)
     del total
     share = np.asarray(cv2.resize(share, size, interpolation=cv2.INTER_AREA), np.float32)
     hole = share < 0.5  # what is mostly hole stays a hole
     mean /= np.where(hole, np.float32(np.nan), share)[..., None]
     return mean
+
+
+def _narrowed(image: FloatImage, width: int, workers: int) -> tuple[FloatImage, FloatImage]:
+    """Mean along narrower rows, with nothing for no data, and the share of data ``(h, w)``."""
+    total = np.empty((len(image), width, image.shape[-1]), np.float32)
+    share = np.empty((len(image), width), np.float32)
+
+    def narrow(rows: slice) -> None:
+        valid = has_data(image[rows])
+        filled = np.asarray(np.where(valid[..., None], image[rows], np.float32(0)))
+        size = width, len(valid)
+        total[rows] = np.atleast_3d(cv2.resize(filled, size, interpolation=cv2.INTER_AREA))
+        share[rows] = cv2.resize(valid.astype(np.float32), size, interpolation=cv2.INTER_AREA)
+
+    for _ in thread_map(narrow, _strips(len(image)), workers):
+        pass
+    return total, share
 
 
 def _sample(image: FloatImage, shown: NDArray[np.bool_]) -> FloatImage:

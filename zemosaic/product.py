@@ -32,6 +32,7 @@ from astropy.wcs import WCS
 from numpy.typing import NDArray
 
 from zemosaic import __version__
+from zemosaic.execute import side_by_side
 from zemosaic.files import force, part_of
 from zemosaic.ledger import FrameRecord, Ledger, TileRecord, tile_table
 from zemosaic.preview import PreviewSettings, encode_png, preview_rgba
@@ -105,6 +106,7 @@ def save_product(
     tiles: Sequence[TileRecord] = (),
     settings_text: str = "",
     preview: PreviewSettings | None = None,
+    workers: int = 1,
 ) -> ProductPaths:
     """Write ``<name>_<route>`` as .fits, .png and .toml, and its frames as _frames.csv; never over another's files.
 
@@ -130,6 +132,8 @@ def save_product(
         The effective settings as TOML.
     preview : PreviewSettings, optional
         For the picture; the defaults if left out.
+    workers : int
+        Threads.
 
     Returns
     -------
@@ -146,11 +150,12 @@ def save_product(
         folder.mkdir(parents=True, exist_ok=True)
         paths = _reserve(folder, f"{file_name(name)}_{file_name(facts.route)}")
         try:
-            with part_of(paths.fits).open("wb") as stream:
-                _write_fits(stream, mosaic, facts, ledger, tiles)
-                force(stream)
-            picture = preview_rgba(mosaic, **asdict(preview or PreviewSettings()))
-            _write(part_of(paths.preview), encode_png(picture))
+            with side_by_side(workers) as start:
+                picture = start(_picture, mosaic, preview or PreviewSettings(), workers)  # takes as long as the file
+                with part_of(paths.fits).open("wb") as stream:
+                    _write_fits(stream, mosaic, facts, ledger, tiles)
+                    force(stream)
+            _write(part_of(paths.preview), picture.result())
             _write(part_of(paths.settings), settings_text.encode())
             _write(part_of(paths.frames), ledger.to_csv().encode())
             _publish(paths)
@@ -250,6 +255,10 @@ def _tidy(paths: ProductPaths) -> None:
         part_of(path).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
     part_of(paths.fits).unlink(missing_ok=True)
+
+
+def _picture(mosaic: Mosaic, preview: PreviewSettings, workers: int) -> bytes:
+    return encode_png(preview_rgba(mosaic, **asdict(preview), workers=workers))
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -241,6 +241,41 @@ def judge(stack, valid, sigma, centre, tolerance, excess, low, high):  # type: i
 
 
 @_compiled
+def slope_tolerance(centre, sky, share):  # type: ignore[no-untyped-def]
+    """Further variance ``(C, h, w)`` that honest samples may have where star slopes are, ADU²: see `judge`.
+
+    The square of a `share` of the signal above the sky at every pixel or its brightest neighbour.
+
+    Parameters
+    ----------
+    centre : ndarray
+        ``(C, h, w)`` median of the samples, NaN where there are none.
+    sky : ndarray
+        ``(C,)`` common sky level, ADU.
+    share : float32
+        By how much of their signal honest samples may differ.
+    """
+    channels, height, width = centre.shape
+    tolerance = np.empty(centre.shape, np.float32)
+    signal, widest = np.zeros(width + 2, np.float32), np.empty((height, width), np.float32)
+    for c in range(channels):
+        for v in range(height):
+            row, level = centre[c, v], sky[c]
+            for u in range(width):
+                above = row[u] - level
+                signal[u + 1] = above if _ZERO < above < np.inf else _ZERO
+            for u in range(width):
+                widest[v, u] = max(max(signal[u], signal[u + 1]), signal[u + 2])
+        for v in range(height):
+            before, here, behind = widest[max(v - 1, 0)], widest[v], widest[min(v + 1, height - 1)]
+            slack = tolerance[c, v]
+            for u in range(width):
+                brightest = share * max(max(before[u], here[u]), behind[u])
+                slack[u] = brightest * brightest
+    return tolerance
+
+
+@_compiled
 def weighted_mean(stack, weight, centre, keep):  # type: ignore[no-untyped-def]
     """Weighted mean of the samples that are kept, ``(h, w, C)``, NaN where there is none.
 

@@ -3,13 +3,15 @@
 A star's magnitude in the mosaic is wrong by three things, which are measured without any catalogue:
 
 * the noise of the frames' mean: what the photons of each star and the floor of a measurement make of it, times how much
-  more (or less) two halves of the frames (every other one that saw the star) differ than that;
+  more (or less) than that the frames of a star differ from each other;
 * the lots' zero points: `zemosaic.report.lots`, both their offsets and how well these are known (a run that has been
   fitted to the stars that lots share shows no offset, but an error it has);
 * what stacking did to the star: the mosaic's flux against the mean of the frames' fluxes, both in one aperture.
 
 The last two, added up star by star, are the map of the zero point over the field; with the light that an aperture of
-the usual size misses, which is another share where a lot is blurred.
+the usual size misses, which is another share where a lot is blurred. What they come to, for bright stars and for the
+cells of the map, is drawn at random many times over, star by star: errors of several kinds and sizes do not simply add
+up to a median.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 
 from zemosaic.report.astrometry import match_catalogue
 from zemosaic.report.evidence import Evidence, Floats, Ints
@@ -50,7 +53,9 @@ _STATED = 5.0  # degrees of freedom that the stated errors of magnitudes are wor
 _CELLS = 5  # cells from which they say something about the field
 _CELL_STARS = 3  # stars from which a cell of the map is more than chance
 _MEDIAN = 1.25  # scatter of a median over that of a mean
-_OWN = 60  # stars from which each colour tells its own noise; fewer, and all tell it together
+_OWN = 150  # degrees of freedom from which each colour tells its own noise; fewer, and all tell it together
+_BLEND = 1.3  # times the width of the stars around: two stars in one
+_DRAWS = 200  # of the errors of all stars
 _MOST = 0.5  # mag, as far as a lot may be off
 
 
@@ -67,9 +72,11 @@ class PhotometryFigures:
     repeat_median, repeat_p95 : ndarray
         ``(C,)`` mmag, scatter of a star's magnitude between lots: median and 95th percentile over stars.
     scatter : ndarray
-        ``(C,)`` mmag, expected 1-sigma error of a bright star's magnitude in the mosaic, the zero point set by all.
+        ``(C,)`` mmag, expected robust scatter of the errors of bright stars in the mosaic, the zero point set by all.
     uniformity : ndarray
         ``(C,)`` mmag, expected rms of the median error in the cells of a `GRID` x `GRID` map.
+    scatter_chance, cell_chance : ndarray
+        ``(C,)`` mmag, by how much (1 sigma) both differ from that if these few stars are compared with the true sky.
     photons, cell_photons, lot_photons : ndarray
         ``(C,)`` mmag, what of `scatter`, `uniformity` and `repeat_median` the photons of the stars make: no stacking
         could do better.
@@ -88,6 +95,8 @@ class PhotometryFigures:
     repeat_p95: Floats
     scatter: Floats
     uniformity: Floats
+    scatter_chance: Floats
+    cell_chance: Floats
     photons: Floats
     cell_photons: Floats
     lot_photons: Floats
@@ -103,7 +112,7 @@ def measure_photometry(evidence: Evidence, mosaic: MosaicStars, matched: Matched
     unknown = Offsets.unknown(lots, 1 + channels if channels > 1 else 1)
     catalogue = _against_catalogue(evidence, mosaic)
     found = PhotometryFigures(
-        0, 0, nothing, nothing, nothing, nothing, nothing, nothing, nothing, unknown, blank, catalogue
+        0, 0, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, unknown, blank, catalogue
     )
     if matched is None:
         return found
@@ -138,48 +147,122 @@ def _with_precision(
     seen, _, magnitude, _ = average(bright.star, bright.lot, _magnitude(bright.flux), bright.weight)
     median, p95, shared = _repeatability(seen, magnitude)
     single = _photons(replace(bright, star=bright.star * (int(bright.lot.max()) + 1) + bright.lot))
-    each = _photons(bright)
-    photons = np.median(each, axis=0)
-    noise = _half_differences(bright)
-    star, error, sigma = _errors(mosaic, bright, offset)
-    own = float(np.median(sigma**2)) if len(sigma) else 0.0
-    # Frame by frame and in the mosaic, apertures do not cut the same pixels: that is about a photon noise of the mean.
-    shown = np.hypot(each[np.isin(np.unique(bright.star), star)], _STACKING)
-    spread = photons * np.sqrt(max(robust_sigma((error / shown).ravel()) ** 2 - 1, 0))
-    count = _cell_counts(evidence.shape, mosaic.points[star])
-    # Bright stars are few, but what goes wrong with them goes wrong with all: the map is made of every star.
-    every, error, sigma = _errors(mosaic, usable, offset)
-    # And the usual aperture misses more light where a lot is blurred.
-    missed = _magnitude(mosaic.core[every]) - _magnitude(mosaic.stars.flux[every])
-    known = np.isfinite(missed).all(axis=1)
-    error = (error + missed)[known] - (np.median(missed[known], axis=0) if known.any() else 0)
-    maps, errors = _maps(evidence.shape, mosaic.points[every[known]], error, sigma[known], own)
-    wander = np.array([between_variance(maps[..., c], errors[..., c]) for c in range(maps.shape[2])])
-    share = _MEDIAN * np.sqrt((1 / count[count >= _CELL_STARS]).mean()) if (count >= _CELL_STARS).any() else 1.0
-    return replace(
+    found = replace(
         found,
-        stars=len(star),
         shared=shared,
         repeat_median=MMAG * median,
         repeat_p95=MMAG * p95,
-        photons=MMAG * photons,
         lot_photons=MMAG * np.median(single, axis=0),
-        cell_photons=MMAG * share * photons,
-        scatter=MMAG * np.sqrt(noise**2 + spread**2 + tie**2),
-        uniformity=MMAG * np.sqrt(wander + (share * noise) ** 2 + tie**2),
+    )
+    losses = _losses(evidence, mosaic, usable)
+    which = np.flatnonzero(np.isin(losses.star, bright.star))
+    if len(which) < _LEAST:
+        return found
+    shown = np.isin(np.unique(bright.star), losses.star)
+    photons, noise = _photons(bright)[shown], (_photons(bright, _FLOOR) * _excess_noise(bright, offset))[shown]
+    stacked = _shrunk(stacked_offsets(losses.share, losses.value, losses.sigma, _SYSTEMATIC / MMAG, _STATED))
+    # Frame by frame and in the mosaic, apertures do not cut the same pixels: that is about a photon noise of the mean.
+    # What lies between the two apertures is another.
+    left = (losses.value - losses.share @ stacked)[which] / np.hypot(np.sqrt(2) * photons, _STACKING)
+    more = np.sqrt(max(robust_sigma(left.ravel()) ** 2 - 1, 0))
+    share, cell = losses.share[which], _cell(evidence.shape, mosaic.points[losses.star[which]])
+    known = share @ (offset + stacked)
+    errors = _foreseen(known, np.hypot(noise, more * photons), share, tie, cell)
+    least = _foreseen(np.zeros_like(known), photons, share, 0.0, cell)
+    # Bright stars are few, but what goes wrong with them goes wrong with all: the map is made of every star.
+    every = losses.value + losses.share @ offset
+    own = float(np.median(losses.sigma[which] ** 2))
+    maps, sigma = _maps(evidence.shape, mosaic.points[losses.star], every, losses.sigma, own)
+    wander = np.array([between_variance(maps[..., c], sigma[..., c]) for c in range(maps.shape[2])])
+    return replace(
+        found,
+        stars=len(which),
+        scatter=MMAG * errors.scatter,
+        scatter_chance=MMAG * errors.scatter_chance,
+        uniformity=MMAG * np.sqrt(wander + errors.cells**2),
+        cell_chance=MMAG * errors.cell_chance,
+        photons=MMAG * least.scatter,
+        cell_photons=MMAG * least.cells,
         map=(MMAG * maps[..., evidence.channels // 2]).astype(np.float32),
     )
 
 
-def _errors(mosaic: MosaicStars, seen: Matched, offset: Floats) -> tuple[Ints, Floats, Floats]:
-    """Which stars of the mosaic show well what was done to them, what that is ``(n, C)``, mag, and its error ``(n,)``.
+@dataclass(frozen=True)
+class _Losses:
+    """What happened to the light of stars in the mosaic; n stars, their numbers in order.
 
-    It is what stacking did, and the mean offset of the lots there.
+    Parameters
+    ----------
+    star : ndarray
+        ``(n,)`` which they are.
+    value, sigma : ndarray
+        ``(n, C)`` and ``(n,)`` mag: what stacking did, and the light that an aperture of the usual size misses; the
+        median is 0. And its error.
+    share : ndarray
+        ``(n, L)`` share of every lot in what the mosaic shows there.
     """
-    fine, error = _stacking(mosaic, seen)
-    error = error + average(seen.star, np.zeros_like(seen.star), offset[seen.lot], seen.weight)[2]
-    star, at = np.unique(seen.star, return_inverse=True)
-    return star[fine], error[fine], _stacking_sigma(at, seen.signal)[fine]
+
+    star: Ints
+    value: Floats
+    sigma: Floats
+    share: Floats
+
+
+def _losses(evidence: Evidence, mosaic: MosaicStars, usable: Matched) -> _Losses:
+    """Of all stars that the mosaic shows well."""
+    fine, value = _stacking(mosaic, usable)
+    star, at = np.unique(usable.star, return_inverse=True)
+    value = value + _magnitude(mosaic.core[star]) - _magnitude(mosaic.stars.flux[star])
+    # A companion within the usual aperture, or on its edge, is light that it misses here and nowhere else.
+    cell = _cell(evidence.shape, mosaic.points[star])
+    width = np.full(GRID * GRID, np.nan)
+    for k in np.unique(cell):
+        width[k] = np.median(mosaic.fwhm[star[cell == k]])
+    use = np.flatnonzero(fine & np.isfinite(value).all(axis=1) & (mosaic.fwhm[star] <= _BLEND * width[cell]))
+    share = shares(usable.star, usable.lot, usable.weight.mean(axis=1), evidence.lots)
+    value = value[use] - (np.median(value[use], axis=0) if len(use) else 0)
+    return _Losses(star[use], value, _stacking_sigma(at, usable.signal)[use], share[use])
+
+
+@dataclass(frozen=True)
+class _Foreseen:
+    """``(C,)`` mag: robust scatter of stars, rms of the medians of cells, and how much both vary by chance."""
+
+    scatter: Floats
+    cells: Floats
+    scatter_chance: Floats
+    cell_chance: Floats
+
+
+def _foreseen(known: Floats, sigma: Floats, share: Floats, tie: float, cell: Ints) -> _Foreseen:
+    """What the errors of stars come to, drawn at random `_DRAWS` times.
+
+    Parameters
+    ----------
+    known, sigma : ndarray
+        ``(n, C)`` mag, the part of each star's error that is known, and the size of the rest. The first does not go
+        into the medians of cells: the map knows better.
+    share : ndarray
+        ``(n, L)`` of the lots in what the mosaic shows of each.
+    tie : float
+        mag, error of a lot's zero point against the mean of all lots.
+    cell : ndarray
+        ``(n,)`` of the map. Those of fewer than `_CELL_STARS` stars do not count, unless all are.
+    """
+    rng = np.random.default_rng(0)
+    lots = share.shape[1]
+    zero = tie * np.sqrt(lots / max(lots - 1, 1)) * rng.normal(size=(_DRAWS, lots)) @ share.T
+    count = np.bincount(cell)
+    full = np.flatnonzero(count >= min(_CELL_STARS, count.max()))
+    columns = []
+    for fixed, size in zip(known.T, sigma.T, strict=True):
+        error = zero + size * rng.normal(size=(_DRAWS, len(size)))
+        medians = np.stack([np.median(error[:, cell == k], axis=1) for k in full], axis=1)
+        rms = np.sqrt(np.square(medians - np.median(error, axis=1, keepdims=True)).mean(axis=1))
+        error += fixed
+        scatter = 1.4826 * np.median(np.abs(error - np.median(error, axis=1, keepdims=True)), axis=1)
+        columns.append((scatter.mean(), np.sqrt(np.square(rms).mean()), scatter.std(), rms.std()))
+    return _Foreseen(*np.array(columns).T)
 
 
 def _stacking_sigma(star: Ints, signal: Floats) -> Floats:
@@ -216,14 +299,22 @@ def _shrunk(offsets: Offsets) -> Floats:
 
 
 def _bright(usable: Matched) -> Matched:
-    """Detections of stars that are bright in their typical frame."""
+    """Detections of stars that are bright in their typical frame.
+
+    What counts is the light that it takes for that: the same over the whole field, even where frames are blurred or
+    dimmed and their noise is another.
+    """
     _, at = np.unique(usable.star, return_inverse=True)
     count = np.bincount(at)
-    signal = np.bincount(at, usable.signal) / np.maximum(count, 1)
     several = count >= 2
+    if not several.any():
+        return usable.take(np.zeros(0, np.int64))
+    signal, light = (np.bincount(at, each) / count for each in (usable.signal, usable.flux.sum(axis=1)))
     ranked = np.sort(signal[several])[::-1]
-    limit = float(np.clip(ranked[min(_WANTED, len(ranked)) - 1], _DIM, BRIGHT)) if len(ranked) else BRIGHT
-    return usable.take(np.flatnonzero((several & (signal >= limit))[at]))
+    limit = float(np.clip(ranked[min(_WANTED, len(ranked)) - 1], _DIM, BRIGHT))
+    near = np.flatnonzero(several)[np.argsort(np.abs(np.log(signal[several] / limit)), kind="stable")[:_WANTED]]
+    enough = limit * np.median(light[near] / signal[near])
+    return usable.take(np.flatnonzero((several & (light >= enough))[at]))
 
 
 def _repeatability(star: Ints, magnitude: Floats) -> tuple[Floats, Floats, int]:
@@ -250,20 +341,21 @@ def _photons(seen: Matched, floor: float = 0.0) -> Floats:
     return np.stack(columns, axis=1)
 
 
-def _half_differences(bright: Matched) -> Floats:
-    """Error ``(C,)`` mag of the mean of all frames for the typical star: half what two halves of them differ by."""
-    order = np.lexsort((bright.frame, bright.star))
-    star = bright.star[order]
-    first = np.r_[0, np.flatnonzero(np.diff(star)) + 1]
-    rank = np.arange(len(star)) - np.repeat(first, np.diff(np.r_[first, len(star)]))
-    star, _, flux, _ = average(star, rank % 2, bright.flux[order], bright.weight[order])
-    pair = np.flatnonzero(np.diff(star) == 0)
-    difference = (_magnitude(flux[pair]) - _magnitude(flux[pair + 1])) / 2
-    # In units of what is expected of each star, lest the faint ones among them set it.
-    expected = _photons(bright, _FLOOR)
-    ratio = difference / expected[np.isin(np.unique(star), star[pair])]
-    times = [robust_sigma(r) for r in ratio.T] if len(pair) >= _OWN else robust_sigma(ratio.ravel())
-    return np.asarray(np.median(expected, axis=0) * times)
+def _excess_noise(bright: Matched, offset: Floats) -> Floats:
+    """How much more than foreseen ``(C,)`` the frames' magnitudes of a star scatter, but for the offsets of their lots.
+
+    Foreseen are its photons and `_FLOOR`. Of a few bright stars every frame tells, not only their sums.
+    """
+    magnitude = _magnitude(bright.flux) - offset[bright.lot]
+    expected = np.hypot(1.0857 * bright.error / bright.flux, _FLOOR)
+    star, at = np.unique(bright.star, return_inverse=True)
+    _, _, mean, total = average(bright.star, np.zeros_like(bright.star), magnitude, bright.weight)
+    # The mean moves along with each of them by its share.
+    variance = (1 - 2 * bright.weight / total[at]) * expected**2 + (_photons(bright, _FLOOR) ** 2)[at]
+    ratio = (magnitude - mean[at]) / np.sqrt(np.maximum(variance, 1e-12))
+    if len(ratio) - len(star) < _OWN:
+        return np.full(ratio.shape[1], robust_sigma(ratio.ravel()))
+    return np.array([robust_sigma(column) for column in ratio.T])
 
 
 def _stacking(mosaic: MosaicStars, seen: Matched) -> tuple[NDArray[np.bool_], Floats]:
@@ -310,27 +402,29 @@ def _maps(shape: tuple[int, int], points: Floats, value: Floats, sigma: Floats, 
 
 
 def between_variance(value: Floats, error: Floats) -> float:
-    """Variance of values beyond their errors, the better known ones counting more; NaN for fewer than `_CELLS`.
+    """Variance of values beyond their errors; NaN for fewer than `_CELLS`.
 
-    The moment estimate of random effects: DerSimonian and Laird, Controlled Clinical Trials 7, 177 (1986).
+    That which makes chi squared what is expected: Paule and Mandel, J. Res. NBS 87, 377 (1982). Values that differ far
+    more than their errors then count alike, instead of the best known ones alone.
     """
     known = np.isfinite(value)
     if known.sum() < _CELLS:
         return float("nan")
-    value, weight = value[known], 1 / np.square(error[known])
-    square = weight @ np.square(value - np.average(value, weights=weight))
-    spare = weight.sum() - weight @ weight / weight.sum()
-    return max(float((square - (len(value) - 1)) / spare), 0.0)
+    value, square = value[known], np.square(error[known])
+
+    def excess(variance: float) -> float:
+        weight = 1 / (square + variance)
+        return float(weight @ np.square(value - np.average(value, weights=weight))) - (len(value) - 1)
+
+    if excess(0.0) <= 0:
+        return 0.0
+    return float(brentq(excess, 0.0, 1.01 * np.var(value, ddof=1)))
 
 
 def _weighted_median(values: Floats, weight: Floats) -> float:
     order = np.argsort(values)
     half = np.cumsum(weight[order]) - weight[order] / 2
     return float(np.interp(weight.sum() / 2, half, values[order]))
-
-
-def _cell_counts(shape: tuple[int, int], points: Floats) -> Ints:
-    return np.bincount(_cell(shape, points), minlength=GRID * GRID)
 
 
 def _cell(shape: tuple[int, int], points: Floats) -> Ints:
