@@ -160,11 +160,10 @@ def _with_precision(
         return found
     shown = np.isin(np.unique(bright.star), losses.star)
     photons, noise = _photons(bright)[shown], (_photons(bright, _FLOOR) * _excess_noise(bright, offset))[shown]
-    stacked = _shrunk(stacked_offsets(losses.share, losses.value, losses.sigma, _SYSTEMATIC / MMAG, _STATED))
     # Frame by frame and in the mosaic, apertures do not cut the same pixels: that is about a photon noise of the mean.
-    # What lies between the two apertures is another.
-    left = (losses.value - losses.share @ stacked)[which] / np.hypot(np.sqrt(2) * photons, _STACKING)
+    left = (losses.stacking - losses.share @ _of_lots(losses, losses.stacking))[which] / np.hypot(photons, _STACKING)
     more = np.sqrt(max(robust_sigma(left.ravel()) ** 2 - 1, 0))
+    stacked = _of_lots(losses, losses.value)
     share, cell = losses.share[which], _cell(evidence.shape, mosaic.points[losses.star[which]])
     known = share @ (offset + stacked)
     errors = _foreseen(known, np.hypot(noise, more * photons), share, tie, cell)
@@ -195,24 +194,32 @@ class _Losses:
     ----------
     star : ndarray
         ``(n,)`` which they are.
+    stacking : ndarray
+        ``(n, C)`` mag, what stacking did.
     value, sigma : ndarray
-        ``(n, C)`` and ``(n,)`` mag: what stacking did, and the light that an aperture of the usual size misses; the
-        median is 0. And its error.
+        ``(n, C)`` and ``(n,)`` mag, that and the light that an aperture of the usual size misses, and its error. The
+        medians of both are 0.
     share : ndarray
         ``(n, L)`` share of every lot in what the mosaic shows there.
     """
 
     star: Ints
+    stacking: Floats
     value: Floats
     sigma: Floats
     share: Floats
 
 
+def _of_lots(losses: _Losses, value: Floats) -> Floats:
+    """What ``(L, C)`` of `value` goes with the lots, drawn to 0 as far as it may be chance."""
+    return _shrunk(stacked_offsets(losses.share, value, losses.sigma, _SYSTEMATIC / MMAG, _STATED))
+
+
 def _losses(evidence: Evidence, mosaic: MosaicStars, usable: Matched) -> _Losses:
     """Of all stars that the mosaic shows well."""
-    fine, value = _stacking(mosaic, usable)
+    fine, stacking = _stacking(mosaic, usable)
     star, at = np.unique(usable.star, return_inverse=True)
-    value = value + _magnitude(mosaic.core[star]) - _magnitude(mosaic.stars.flux[star])
+    value = stacking + _magnitude(mosaic.core[star]) - _magnitude(mosaic.stars.flux[star])
     # A companion within the usual aperture, or on its edge, is light that it misses here and nowhere else.
     cell = _cell(evidence.shape, mosaic.points[star])
     width = np.full(GRID * GRID, np.nan)
@@ -220,8 +227,8 @@ def _losses(evidence: Evidence, mosaic: MosaicStars, usable: Matched) -> _Losses
         width[k] = np.median(mosaic.fwhm[star[cell == k]])
     use = np.flatnonzero(fine & np.isfinite(value).all(axis=1) & (mosaic.fwhm[star] <= _BLEND * width[cell]))
     share = shares(usable.star, usable.lot, usable.weight.mean(axis=1), evidence.lots)
-    value = value[use] - (np.median(value[use], axis=0) if len(use) else 0)
-    return _Losses(star[use], value, _stacking_sigma(at, usable.signal)[use], share[use])
+    stacking, value = (each[use] - (np.median(each[use], axis=0) if len(use) else 0) for each in (stacking, value))
+    return _Losses(star[use], stacking, value, _stacking_sigma(at, usable.signal)[use], share[use])
 
 
 @dataclass(frozen=True)
