@@ -7,9 +7,11 @@ colours of a CFA come apart by themselves. Positions are given in pixels of the 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import sep
 from numpy.typing import NDArray
@@ -58,7 +60,15 @@ def colour_planes(pixels: FloatImage, bayer: str | None) -> list[Plane]:
     bayer : str or None
         CFA pattern of ``pixels``.
     """
-    return cells_of(pixels, bayer).planes
+    return cells_of(pixels, bayer).planes if bayer else _mean_planes(pixels)
+
+
+def _mean_planes(pixels: FloatImage) -> list[Plane]:
+    ny, nx = pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2
+    if not ny * nx:  # a single row has no cells, and OpenCV does not know arrays without pixels
+        return [Plane(np.zeros((ny // 2, nx // 2), np.float32), 0.5, 0.5, 4) for _ in range(pixels[0, 0].size)]
+    mean = cv2.resize(pixels[:ny, :nx], (nx // 2, ny // 2), interpolation=cv2.INTER_AREA)
+    return [Plane(np.asarray(plane, np.float32), 0.5, 0.5, 4) for plane in cv2.split(mean)]
 
 
 @dataclass(frozen=True)
@@ -87,13 +97,12 @@ def cells_of(pixels: FloatImage, bayer: str | None) -> Cells:
         found = [Plane(p, *middle, len(at)) for p, middle, at in zip(planes, middles, sites, strict=True)]
         return Cells(found, luminance, peak)
     ny, nx = pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2
-    cells = [pixels[y:ny:2, x:nx:2] for y in (0, 1) for x in (0, 1)]
-    mean = (cells[0] + cells[1] + cells[2] + cells[3]) * np.float32(0.25)
-    peak = np.maximum(np.maximum(cells[0], cells[1]), np.maximum(cells[2], cells[3]))
-    if pixels.ndim == 2:
-        return Cells([Plane(mean, 0.5, 0.5, 4)], mean, peak)
-    colours = [Plane(np.ascontiguousarray(mean[..., c]), 0.5, 0.5, 4) for c in range(3)]
-    return Cells(colours, mean.mean(axis=2, dtype=np.float32), peak.max(axis=2))
+    # One colour after the other: along a short axis numpy is slow.
+    brightest = functools.reduce(np.maximum, np.moveaxis(np.atleast_3d(pixels), 2, 0))
+    cells = [brightest[y:ny:2, x:nx:2] for y in (0, 1) for x in (0, 1)]
+    planes = _mean_planes(pixels)
+    luminance = sum(plane.data for plane in planes) / np.float32(len(planes))
+    return Cells(planes, luminance, functools.reduce(np.maximum, cells))
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from zemosaic.report.lots import (
     plain,
     shares,
     stacked_offsets,
+    sure,
     wholly_seen,
 )
 from zemosaic.report.surface import MosaicStars, robust_sigma
@@ -211,8 +212,9 @@ class _Losses:
 
 
 def _of_lots(losses: _Losses, value: Floats) -> Floats:
-    """What ``(L, C)`` of `value` goes with the lots, drawn to 0 as far as it may be chance."""
-    return _shrunk(stacked_offsets(losses.share, value, losses.sigma, _SYSTEMATIC / MMAG, _STATED))
+    """What ``(L, C)`` of `value` goes with the lots for sure."""
+    found = stacked_offsets(losses.share, value, losses.sigma, _SYSTEMATIC / MMAG, _STATED)
+    return np.where(sure(found) > 0, found.value, 0.0)
 
 
 def _losses(evidence: Evidence, mosaic: MosaicStars, usable: Matched) -> _Losses:
