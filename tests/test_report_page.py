@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from report_field import Fault, invent
 
+import zemosaic.report.mosaic as mosaic_module
 import zemosaic.report.page as page_module
 import zemosaic_worker
 from zemosaic.demo import make_field
@@ -352,7 +353,7 @@ def test_a_report_that_fails_does_not_cost_the_product(subs: Path, tmp_path: Pat
     def fail(*_: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(page_module, "report_mosaic", fail)
+    monkeypatch.setattr(mosaic_module, "report_mosaic", fail)
     result, told = run(subs, tmp_path)
     assert result.product.exists() and result.exit_status == 0
     assert [e.text for e in told if e.key == "run_warn_no_report"] == [

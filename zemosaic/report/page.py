@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,15 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from zemosaic.events import render
-from zemosaic.execute import worker_count
 from zemosaic.files import write_whole
-from zemosaic.ledger import Ledger, TileRecord
-from zemosaic.product import ProductFacts, ProductPaths
 from zemosaic.reasons import translated
 from zemosaic.report import figures
-from zemosaic.report.chronicle import Chronicle
-from zemosaic.report.evidence import Evidence
-from zemosaic.report.measures import TooLittle
 from zemosaic.report.sections import judged
-from zemosaic.report.story import Story, changed_settings, headline, report_json, sky_place, versions
+from zemosaic.report.story import Story, changed_settings, headline, report_json, versions
 from zemosaic.report.thresholds import GRADES
-from zemosaic.report.verdict import Verdict, judge
+from zemosaic.report.verdict import Verdict
 from zemosaic.report.words import NO_BREAK, Words, duration, resource, texts
-from zemosaic.settings import Settings, settings_toml
+from zemosaic.settings import settings_toml
 from zemosaic.workplace import REPORT_ENDINGS
 
 PICTURE_BYTES = 1_500_000  # of the embedded JPEG, before base64
@@ -52,61 +45,6 @@ class ReportPaths:
 def report_paths(product: Path) -> ReportPaths:
     """Where the report of a product goes: beside it, with its stem."""
     return ReportPaths(*(product.with_name(product.stem + end) for end in REPORT_ENDINGS))
-
-
-def report_mosaic(
-    evidence: Evidence,
-    facts: ProductFacts,
-    ledger: Ledger,
-    tiles: Sequence[TileRecord],
-    settings: Settings,
-    chronicle: Chronicle,
-    product: ProductPaths,
-) -> tuple[Verdict | None, ReportPaths]:
-    """Judge a mosaic that has just been saved, and write its report.
-
-    Parameters
-    ----------
-    evidence : Evidence
-        The mosaic, with its WCS, and its frames.
-    facts, ledger, tiles
-        As the product was saved with.
-    settings : Settings
-        Of the run.
-    chronicle : Chronicle
-        What the run has said so far.
-    product : ProductPaths
-        Its files.
-
-    Returns
-    -------
-    verdict : Verdict or None
-        None where there is too little of a picture to judge.
-    paths : ReportPaths
-
-    Raises
-    ------
-    OSError
-        The report cannot be written.
-    """
-    verdict, problem = None, ""
-    try:
-        verdict = judge(evidence, worker_count(settings.num_processing_workers))
-    except TooLittle as reason:
-        problem = str(reason)
-    story = Story(
-        name=product.fits.stem,
-        shape=evidence.shape,
-        facts=facts,
-        ledger=ledger,
-        tiles=tiles,
-        settings=settings,
-        phases=chronicle.phases(),
-        warnings=chronicle.warnings,
-        sky=sky_place(evidence.wcs, evidence.shape) if evidence.wcs is not None else None,
-        problem=problem,
-    )
-    return verdict, write_report(story, verdict, product.fits, product.preview)
 
 
 def write_report(story: Story, verdict: Verdict | None, product: Path, preview: Path) -> ReportPaths:
