@@ -30,7 +30,7 @@ from zemosaic.canvas import CanvasError
 from zemosaic.cluster import cluster_frames
 from zemosaic.coadd import Sub
 from zemosaic.events import Cancelled, Event, Events, render
-from zemosaic.execute import memory_budget, one_thread_each, worker_count
+from zemosaic.execute import memory_budget, one_thread_each, return_freed_memory, worker_count
 from zemosaic.frames import Frame, FrameError
 from zemosaic.intake import Intake
 from zemosaic.job import Job, Outcome, RouteResult
@@ -163,6 +163,7 @@ def run_hierarchical_mosaic(
             job, intake = prepare_job(
                 inputs, output_folder, settings, events, store, budget, preplan_path_groups, cache, routes[0] == "sds"
             )
+            return_freed_memory()  # of the equations
             job = replace(job, remote=remote)
             if live_preview:
                 live = LivePreview(hidden, job.canvas.shape, events, preview_settings(settings))
@@ -187,6 +188,7 @@ def run_hierarchical_mosaic(
             keep_state(job, intake, made, route)
             evidence = gather_evidence(job, intake, made) if settings.report else None
             del job, intake  # all that is in memory of every frame, and grows with their number
+            return_freed_memory()
             if evidence is not None:
                 report(evidence, facts, ledger, made.tiles, settings, chronicle, paths, events)
     except _NAMED as problem:

@@ -149,8 +149,7 @@ def stack(fault: Fault, subs: Path, out: Path) -> tuple[Any, Mosaic]:
         return books(intake, job, made)
 
     # Nothing may come from an earlier run: a spoilt adjustment that is resumed is the next mosaic's too.
-    alone = {"resume": "off", "report": False, "blur_filter": False, "num_processing_workers": 1}
-    settings = Settings(route="mosaic-first", **alone)
+    settings = Settings(route="mosaic-first", resume="off", report=False, blur_filter=False, num_processing_workers=1)
     with (
         patch.object(zemosaic_worker.steps, "match", spoilt),
         patch.object(zemosaic_worker, "write_ledger", listen),
@@ -170,7 +169,7 @@ def spoil(sub: Sub, fault: Fault, sky: NDArray[np.float64], canvas_wcs: Any) -> 
     plane = own.plane * fault.gain
     plane[:, 0] += sky * (fault.gain - 1) - fault.sky  # gain about the sky, so that its level stays
     frame, where = sub.frame, sub.pixel_map
-    if fault.shift:
+    if fault.shift and frame.wcs is not None:
         wcs = frame.wcs.deepcopy()
         wcs.wcs.crpix += [fault.shift, 0]
         wcs.wcs.set()

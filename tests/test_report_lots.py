@@ -178,6 +178,49 @@ def test_photometry_of_a_good_mosaic(good: tuple[Evidence, MosaicStars]):
     assert sure(figures.lots).max() < 2.5
 
 
+def test_every_frame_tells_how_noisy_the_mean_is():
+    """Not only its halves: from sky to sky of the same quality the figure varies by a few percent."""
+    scatters = []
+    for seed in range(40, 46):
+        evidence = invent(seed=seed)
+        mosaic = measured(evidence)[1]
+        figures = measure_photometry(evidence, mosaic, match_stars(evidence, mosaic))
+        scatters.append(figures.scatter)
+        # A robust scatter of as many stars is known to that.
+        assert figures.scatter_chance == pytest.approx(1.16 * figures.scatter / np.sqrt(figures.stars), rel=0.25)
+    assert np.std(scatters) < 0.08 * np.mean(scatters)
+
+
+@pytest.mark.parametrize("fault", [Fault(gain=1.03), Fault(fwhm=5.0)], ids=["gain", "blurred"])
+def test_bright_stars_scatter_where_a_lot_is_off(good: tuple[Evidence, MosaicStars], fault: Fault):
+    evidence = invent(fault)
+    mosaic = measured(evidence)[1]
+    clean, found = (measure_photometry(e, m, match_stars(e, m)) for e, m in (good, (evidence, mosaic)))
+    assert np.all(found.scatter > 1.4 * clean.scatter)
+    assert found.photons == pytest.approx(clean.photons, rel=0.1)
+
+
+def test_companion_is_no_error_of_the_zero_point():
+    """The brightest star of the emptiest quarter is a pair, as its frames saw it too."""
+    evidence = invent()
+    mosaic = measured(evidence)[1]
+    figures = measure_photometry(evidence, mosaic, match_stars(evidence, mosaic))
+    inner = (mosaic.points > 40).all(axis=1) & (mosaic.points < [280, 190]).all(axis=1)
+    star = np.flatnonzero(inner)[np.argmax(mosaic.stars.flux[inner, 1])]
+    x, y = mosaic.points[star]
+    yy, xx = np.mgrid[: evidence.shape[0], : evidence.shape[1]]
+    light = np.exp(-0.5 * ((xx - x - 6.0) ** 2 + (yy - y) ** 2) / 1.27**2) / (2 * np.pi * 1.27**2)
+    image = evidence.image + (0.25 * mosaic.stars.flux[star] * light[..., None]).astype(np.float32)
+    near = np.hypot(evidence.stars.x - x, evidence.stars.y - y) < 2
+    flux = np.where(near[:, None], 1.25, 1.0) * evidence.stars.flux
+    paired = replace(evidence, image=image, stars=replace(evidence.stars, flux=flux))
+    mosaic = measured(paired)[1]
+    wide = np.hypot(*(mosaic.points - [x, y]).T) < 3
+    assert np.all(mosaic.fwhm[wide] > 1.2 * mosaic.typical_fwhm)
+    found = measure_photometry(paired, mosaic, match_stars(paired, mosaic))
+    assert found.stars == figures.stars - 1 and np.nanmax(np.abs(found.map - figures.map)) < 5
+
+
 def test_gain_error_of_a_lot_shows_in_the_map(good: tuple[Evidence, MosaicStars]):
     evidence = invent(Fault(lot=3, gain=1.05))  # upper right panel
     mosaic = measured(evidence)[1]
@@ -286,6 +329,12 @@ def test_variance_between_cells_is_that_beyond_their_errors():
         25, rel=0.2
     )
     assert np.isnan(between_variance(np.array([1.0, 2, np.nan]), np.ones(3)))
+
+
+def test_variance_between_cells_is_not_that_of_the_best_known_alone():
+    """A lot is off by 20, but the cells that are best known are all of the others."""
+    value, error = np.r_[np.zeros(6), np.full(6, 20.0)], np.r_[np.full(6, 0.5), np.full(6, 3.0)]
+    assert between_variance(value, error) == pytest.approx(np.var(value, ddof=1), rel=0.1)
 
 
 def test_large_scale_slope_is_reported_and_taken_off():

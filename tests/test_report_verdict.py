@@ -152,6 +152,7 @@ def test_json_carries_units_thresholds_and_no_nan(good: Verdict, tmp_path):
     gain, scatter = data["figures"]["lot_gain"], data["figures"]["phot_scatter"]
     assert gain["unit"] == "mmag" and gain["warn"] == THRESHOLDS["lot_gain"].warn
     assert scatter["label"] == "Error of a bright star's magnitude" and len(scatter["channels"]) == 3
+    assert 0 < scatter["chance"] < scatter["value"] and data["figures"]["seam_p50"]["chance"] is None
     assert data["figures"]["catalogue_median"]["value"] is None
     assert len(data["frames"]) == 32 and {"gain", "fwhm_px", "dx_px"} <= set(data["frames"][0])
     assert len(data["lots"]) == 4 and data["lots"][0]["frames"] == 8

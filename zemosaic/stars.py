@@ -28,6 +28,7 @@ _COMPANY_ERROR = 0.3  # share of a neighbour's flux by which it may differ from 
 _ALONE_CELLS = 10.0  # distance of the next source from which a width is not spoilt by it
 _MAX_ELLIPTICITY = 0.6  # more is a piece of a trail
 _BACKGROUND_CELLS = 32  # size of the background mesh, 2x2 cells
+_STRIP = 512  # rows that are averaged at a time
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,13 @@ def _mean_planes(pixels: FloatImage) -> list[Plane]:
     ny, nx = pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2
     if not ny * nx:  # a single row has no cells, and OpenCV does not know arrays without pixels
         return [Plane(np.zeros((ny // 2, nx // 2), np.float32), 0.5, 0.5, 4) for _ in range(pixels[0, 0].size)]
-    mean = cv2.resize(pixels[:ny, :nx], (nx // 2, ny // 2), interpolation=cv2.INTER_AREA)
-    return [Plane(np.asarray(plane, np.float32), 0.5, 0.5, 4) for plane in cv2.split(mean)]
+    planes = [np.empty((ny // 2, nx // 2), np.float32) for _ in range(pixels[0, 0].size)]
+    for y in range(0, ny, _STRIP):  # no copy of the whole picture
+        rows = pixels[y : min(y + _STRIP, ny), :nx]
+        mean = cv2.resize(rows, (nx // 2, len(rows) // 2), interpolation=cv2.INTER_AREA)
+        for plane, colour in zip(planes, cv2.split(mean), strict=True):
+            plane[y // 2 : y // 2 + len(colour)] = colour
+    return [Plane(plane, 0.5, 0.5, 4) for plane in planes]
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ _CELLS = 5  # cells from which they say something about the field
 _CELL_STARS = 3  # stars from which a cell of the map is more than chance
 _MEDIAN = 1.25  # scatter of a median over that of a mean
 _OWN = 150  # degrees of freedom from which each colour tells its own noise; fewer, and all tell it together
-_BLEND = 1.3  # times the width of the stars around: two stars in one
+_BLEND = 1.2  # times the width of the stars around: two stars in one
 _DRAWS = 200  # of the errors of all stars
 _MOST = 0.5  # mag, as far as a lot may be off
 

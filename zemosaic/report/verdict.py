@@ -42,6 +42,9 @@ class Figure:
     grade : {"PASS", "WARN", "FAIL", "NONE"}
     channels : tuple of float
         The value in every colour, where it has one.
+    chance : float
+        1 sigma by which the stars behind it, few as they are, differ from it if they are compared with the true sky;
+        NaN where that is not known.
     """
 
     key: str
@@ -52,6 +55,7 @@ class Figure:
     fail: float
     grade: Grade
     channels: tuple[float, ...] = ()
+    chance: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,10 @@ def judge(evidence: Evidence, workers: int = 1) -> Verdict:
         "phot_uniformity": stars.cell_photons,
         "repeat_median": stars.lot_photons,
     }
+    chance = {"phot_scatter": stars.scatter_chance, "phot_uniformity": stars.cell_chance}
     figures = tuple(
-        _figure(key, value, key not in noted, allowed.get(key)) for key, value in _values(found, surface).items()
+        _figure(key, value, key not in noted, allowed.get(key), chance.get(key))
+        for key, value in _values(found, surface).items()
     )
     lots = lot_lines(evidence, found)
     return Verdict(
@@ -184,10 +190,16 @@ def _values(found: Measures, surface: Surface) -> dict[str, Floats | float]:
     }
 
 
-def _figure(key: str, value: Floats | float, graded: bool = True, allowed: Floats | None = None) -> Figure:
+def _figure(
+    key: str,
+    value: Floats | float,
+    graded: bool = True,
+    allowed: Floats | None = None,
+    chance: Floats | None = None,
+) -> Figure:
     """A figure of one number, or of one per colour; not graded, it is only told.
 
-    `allowed`, of the same shape, adds to the limits in quadrature.
+    `allowed`, of the same shape, adds to the limits in quadrature; `chance` is noted.
     """
     limit = THRESHOLDS[key]
     if not graded:
@@ -199,7 +211,8 @@ def _figure(key: str, value: Floats | float, graded: bool = True, allowed: Float
     if allowed is not None and math.isfinite(allowed[worst]):
         more = float(allowed[worst])
         limit = replace(limit, warn=math.hypot(limit.warn, more), fail=math.hypot(limit.fail, more))
-    return Figure(key, limit.group, limit.unit, number, limit.warn, limit.fail, limit.grade(number), colours)
+    varies = float(chance[worst]) if chance is not None and math.isfinite(number) else math.nan
+    return Figure(key, limit.group, limit.unit, number, limit.warn, limit.fail, limit.grade(number), colours, varies)
 
 
 def _largest(offsets: Offsets) -> Floats:
