@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from zemosaic import combine as combine_module
 from zemosaic.combine import Clip, combine
-from zemosaic.rejection import medians, sorting_network
+from zemosaic.rejection import medians, slope_tolerance, sorting_network
 
 SKY, SIGMA = 600.0, 10.0  # ADU
 TRAIL = 60  # the row that a satellite crosses
@@ -366,3 +366,15 @@ def test_the_median_with_missing_samples(n):
         left = np.sort(samples[0, ~missing[:, y, x], y, x])
         wanted = np.nan if not left.size else left[0] if left.size == 2 else np.median(left)
         np.testing.assert_allclose(median[y, x], wanted, rtol=2e-7)
+
+
+def test_honest_samples_may_differ_by_a_share_of_the_brightest_neighbour():
+    """A plain dilation of the signal above the sky; what is missing or endless is no signal."""
+    centre = np.random.default_rng(3).normal(100, 20, (3, 9, 14)).astype(np.float32)
+    centre[0, 2, 3], centre[1, 4, 13], centre[2, 0, 0] = np.nan, np.inf, -np.inf
+    sky = np.array([95, 100, 105], np.float32)
+    signal = np.maximum(np.nan_to_num(centre - sky[:, None, None], nan=0, posinf=0, neginf=0), 0)
+    edged = np.pad(signal, ((0, 0), (1, 1), (1, 1)))
+    brightest = np.max([edged[:, y : y + 9, x : x + 14] for y in range(3) for x in range(3)], axis=0)
+    found = slope_tolerance(centre, sky, np.float32(0.6))
+    np.testing.assert_allclose(found, (0.6 * brightest) ** 2, rtol=1e-6)

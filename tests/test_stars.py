@@ -22,6 +22,7 @@ from zemosaic.stars import (
     Plane,
     Stars,
     block_medians,
+    cells_of,
     colour_planes,
     detect,
     photometry,
@@ -142,6 +143,21 @@ def test_the_noise_of_a_cell_is_that_of_the_pixels_in_it(sensor):
     pixels = record(np.zeros(SHAPE), sensor)
     for plane in colour_planes(pixels, sensor if sensor in PATTERNS else None):
         assert plane.data.std() == pytest.approx(NOISE / np.sqrt(plane.pixels_per_cell), rel=0.03)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (8, 1, 3), (5, 7), (1029, 9, 3)])
+def test_cells_are_means_of_four_pixels_whatever_the_size(shape):
+    """Also of a picture that is averaged in strips; and a cell that misses a pixel has no value."""
+    pixels = np.random.default_rng(5).normal(100, 10, shape).astype(np.float32)
+    pixels[0, 0] = np.nan
+    cells = cells_of(pixels, None)
+    whole = np.atleast_3d(pixels[: shape[0] // 2 * 2, : shape[1] // 2 * 2])
+    fours = whole.reshape(shape[0] // 2, 2, shape[1] // 2, 2, whole.shape[2])
+    wanted = fours.astype(np.float64).mean(axis=(1, 3))
+    for plane, colour in zip(cells.planes, np.moveaxis(wanted, 2, 0), strict=True):
+        np.testing.assert_allclose(plane.data, colour, rtol=1e-6)
+    np.testing.assert_allclose(cells.luminance, wanted.mean(axis=2), rtol=1e-6)
+    np.testing.assert_array_equal(cells.peak, fours.max(axis=(1, 3, 4)))
 
 
 def test_an_odd_last_row_and_column_are_left_out():
