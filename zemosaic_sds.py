@@ -24,7 +24,7 @@ from zemosaic.canvas import Canvas
 from zemosaic.coadd import Sub, block_side, deepest
 from zemosaic.combine import Clip, combine
 from zemosaic.events import Events
-from zemosaic.execute import Result, thread_map
+from zemosaic.execute import Result, return_freed_memory, thread_map
 from zemosaic.frames import Frame
 from zemosaic.job import Workbench
 from zemosaic.robust import median
@@ -588,6 +588,7 @@ def stack_megatiles(
     noise = _of_each(_unit_noise, tiles, store.release, bench.workers)
     unit = [each * gain for each, gain in zip(noise, gains, strict=True)]
     sky32 = sky.astype(np.float32)
+    return_freed_memory()  # of lots and gains: now comes the largest array of the run
     image = np.full((*canvas.shape, channels), np.nan, np.float32)
     coverage = np.zeros(canvas.shape, np.float32)
     events.info("global_coadd_start", tiles=len(tiles), method=method)
