@@ -176,7 +176,8 @@ def measure_surface(evidence: Evidence, workers: int = 1) -> Surface:
     coverage = None
     if evidence.coverage is not None:
         ny, nx = (size // 2 * 2 for size in evidence.shape)
-        bins = cv2.resize(evidence.coverage[:ny, :nx], (nx // 2, ny // 2), interpolation=cv2.INTER_AREA)
+        half = nx // 2, ny // 2
+        bins = np.asarray(cv2.resize(evidence.coverage[:ny, :nx], half, interpolation=cv2.INTER_AREA), np.float32)
         bins[~there] = 0
         with np.errstate(invalid="ignore", divide="ignore"):
             coverage = _cell_means(bins) / valid
