@@ -124,7 +124,7 @@ def astap(tmp_path_factory: pytest.TempPathFactory) -> AstapOptions:
         ("bayer", 1, FIELD, SHAPE),
         ("mono", -1, FIELD, SHAPE),
         ("rgb", 1, FIELD, (1079, 1919)),
-        ("bayer", -1, (0.05, -60.0), SHAPE),
+        ("bayer", -1, (0.05, 62.0), SHAPE),
         ("holes", 1, (300.0, 35.0), SHAPE),
         ("unit", 1, (84.0, -5.0), SHAPE),
     ],

@@ -189,7 +189,7 @@ def _white_balance(signal: FloatImage, p_low: float) -> FloatImage:
 
 
 def _stretch(x: Any, strength: float) -> Any:
-    return np.arcsinh(strength * x) / np.arcsinh(strength)
+    return np.arcsinh(strength * x) / np.float32(np.arcsinh(strength))  # of pixels, so that they stay float32
 
 
 def _develop(image: FloatImage, tone: _Tone) -> NDArray[np.uint8]:
