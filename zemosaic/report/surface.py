@@ -327,8 +327,9 @@ def _sources(grey: FloatImage, scatter: FloatImage) -> NDArray[np.bool_]:
     smooth = np.asarray(cv2.blur(np.where(there, grey, np.float32(0)), (3, 3)), np.float32)
     smooth /= np.maximum(cv2.blur(there.astype(np.float32), (3, 3)), np.float32(1e-6))
     # Bins four apart share no pixel of the smoothing; their difference is blind to slopes. One row in seven will do.
-    rows, known = smooth[::7], there[::7]
-    apart = np.abs((rows[:, 4:] - rows[:, :-4]) / scatter[::7, 4:])[known[:, 4:] & known[:, :-4]]
+    step = 7 if there[::7].any() else 1
+    rows, known = smooth[::step], there[::step]
+    apart = np.abs((rows[:, 4:] - rows[:, :-4]) / scatter[::step, 4:])[known[:, 4:] & known[:, :-4]]
     sigma = 1.4826 / math.sqrt(2) * median(apart) if apart.size else 0.0
     threshold = _MASK_SIGMA * max(sigma, 1e-6)
     top = np.float32(np.finfo(np.float32).max)
@@ -338,7 +339,7 @@ def _sources(grey: FloatImage, scatter: FloatImage) -> NDArray[np.bool_]:
     excess = np.subtract(smooth, cv2.dilate(low, square), out=smooth)
     del low
     excess /= scatter
-    middle = median(excess[::7][known])
+    middle = median(excess[::step][known])
     for _ in range(6):
         mask = np.zeros(grey.shape, bool)
         for factor, radius in _HALO:
