@@ -39,10 +39,9 @@ from zemosaic.live import LivePreview
 from zemosaic.mastertile import read_master_tile, save_master_tile
 from zemosaic.photometry import Photometry
 from zemosaic.preview import PreviewSettings
-from zemosaic.product import ProductError, ProductFacts, ProductPaths, save_product
+from zemosaic.product import ProductError, save_product
 from zemosaic.report.chronicle import Chronicle
 from zemosaic.report.evidence import Evidence, evidence_of_run
-from zemosaic.report.story import headline
 from zemosaic.resume import Results
 from zemosaic.room import Room, check_tile_room
 from zemosaic.settings import Settings, settings_toml
@@ -190,7 +189,10 @@ def run_hierarchical_mosaic(
             del job, intake  # all that is in memory of every frame, and grows with their number
             return_freed_memory()
             if evidence is not None:
-                report(evidence, facts, ledger, made.tiles, settings, chronicle, paths, events)
+                with no_report_at_worst(events):
+                    from zemosaic.report.mosaic import report_mosaic  # not at the start of every run
+
+                    report_mosaic(evidence, facts, ledger, made.tiles, settings, chronicle, paths, events)
     except _NAMED as problem:
         reason = f"{problem.path}: {problem}" if isinstance(problem, FrameError) else str(problem)
         events.failed("run_error_failed", reason=reason)
@@ -613,46 +615,26 @@ def routes_for(settings: Settings, sds: bool | None) -> list[str]:
 
 
 def gather_evidence(job: Job, intake: Intake, made: RouteResult) -> Evidence | None:
-    """What the report is to be made of; None where it is not wanted any more."""
+    """What the report is to be made of; None where it is not wanted any more, or cannot be had."""
     events = job.events
     try:
         events.check_stop()
     except Cancelled:
         return None  # who wants the end gets it: there is a whole product, and `zemosaic check` can judge it later
     events.phase(10, "report")
-    try:
+    with no_report_at_worst(events):
         return evidence_of_run(job, intake, made)
-    except Exception as problem:
-        no_report(problem, events)
-        return None
+    return None
 
 
-def report(
-    evidence: Evidence,
-    facts: ProductFacts,
-    ledger: Ledger,
-    tiles: Sequence[TileRecord],
-    settings: Settings,
-    chronicle: Chronicle,
-    paths: ProductPaths,
-    events: Events,
-) -> None:
-    """Judge the mosaic and write its report. The product is safe already, and stays so whatever happens here."""
+@contextmanager
+def no_report_at_worst(events: Events) -> Iterator[None]:
+    """The product is safe already: nothing that a page is made of is worth the end of a run of hours."""
     try:
-        from zemosaic.report.mosaic import report_mosaic  # not at the start of every run
-
-        verdict, written = report_mosaic(evidence, facts, ledger, tiles, settings, chronicle, paths)
+        yield
     except Exception as problem:
-        no_report(problem, events)
-        return
-    events.info("report_verdict", grade=verdict.grade if verdict else "–", headline=headline(verdict, events.language))
-    events.info("report_written", path=written.html)
-
-
-def no_report(problem: Exception, events: Events) -> None:
-    """Nothing that a page is made of is worth the end of a run of hours."""
-    _logger.debug("report", exc_info=problem)
-    events.warning("run_warn_no_report", reason=str(problem) or type(problem).__name__)
+        _logger.debug("report", exc_info=True)
+        events.warning("run_warn_no_report", reason=str(problem) or type(problem).__name__)
 
 
 def preview_settings(settings: Settings) -> PreviewSettings:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING
 
+from zemosaic.events import Events
 from zemosaic.execute import side_by_side, worker_count
 from zemosaic.ledger import Ledger, TileRecord
 from zemosaic.product import ProductFacts, ProductPaths
 from zemosaic.report.chronicle import Chronicle
 from zemosaic.report.evidence import Evidence
 from zemosaic.report.measures import TooLittle
-from zemosaic.report.story import Story, sky_place
-from zemosaic.report.verdict import Verdict, judge
+from zemosaic.report.story import Story, headline, sky_place
+from zemosaic.report.verdict import judge
 from zemosaic.settings import Settings
-
-if TYPE_CHECKING:
-    from zemosaic.report.page import ReportPaths
 
 
 def report_mosaic(
@@ -28,8 +25,9 @@ def report_mosaic(
     settings: Settings,
     chronicle: Chronicle,
     product: ProductPaths,
-) -> tuple[Verdict | None, ReportPaths]:
-    """Judge a mosaic that has just been saved, and write its report.
+    events: Events,
+) -> None:
+    """Judge a mosaic that has just been saved, write its report, and say how it turned out.
 
     Parameters
     ----------
@@ -43,12 +41,8 @@ def report_mosaic(
         What the run has said so far.
     product : ProductPaths
         Its files.
-
-    Returns
-    -------
-    verdict : Verdict or None
-        None where there is too little of a picture to judge.
-    paths : ReportPaths
+    events : Events
+        Hears of the verdict, if there is enough of a picture to judge, and of the page.
 
     Raises
     ------
@@ -77,4 +71,6 @@ def report_mosaic(
         sky=sky_place(evidence.wcs, evidence.shape) if evidence.wcs is not None else None,
         problem=problem,
     )
-    return verdict, write_report(story, verdict, product.fits, product.preview)
+    written = write_report(story, verdict, product.fits, product.preview)
+    events.info("report_verdict", grade=verdict.grade if verdict else "–", headline=headline(verdict, events.language))
+    events.info("report_written", path=written.html)
