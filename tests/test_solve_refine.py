@@ -469,7 +469,7 @@ def _dense_solution(e: Equations) -> tuple[np.ndarray, np.ndarray]:
                 at[6 * e.frame[i] + 2 * p + axis] = e.place[i, p]
             for t in range(9):
                 for b in range(2):
-                    at[6 * frames + 2 * t + b] = e.turn[i, axis, b] * e.terms[i, t]
+                    at[6 * frames + 2 * t + b] = e.turn[e.frame[i], axis, b] * e.terms[i, t]
             at[6 * frames + 18 + 2 * e.star[i] + axis] = 1
     root = np.repeat(np.sqrt(e.weight), 2)[:, None]
     prior = np.zeros((6 * frames + 18, rows.shape[1]))
@@ -487,7 +487,7 @@ def test_linear_pass_is_the_least_squares_solution() -> None:
         star=np.arange(n) // 4,
         frame=np.arange(n) % 4,
         place=np.c_[np.ones(n), rng.normal(0, 1, (n, 2))],
-        turn=Rotation.from_rotvec(np.outer(rng.uniform(0, 6, n), [0, 0, 1])).as_matrix()[:, :2, :2],
+        turn=Rotation.from_rotvec(np.outer(rng.uniform(0, 6, frames), [0, 0, 1])).as_matrix()[:, :2, :2],
         terms=rng.uniform(-1, 1, (n, 9)),
         camera=np.zeros(n, np.int64),
         miss=rng.normal(0, 1, (n, 2)),

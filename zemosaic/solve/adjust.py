@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
 from scipy.sparse.linalg import LinearOperator, lsmr
 
 Floats = NDArray[np.float64]
@@ -23,6 +23,7 @@ TERMS = 9  #: of a camera's distortion: two linear, three quadratic, four cubic
 _BEND_PRIOR = 3.0  # pixels at the corner by which a distortion may differ from what it was taken for
 _TOLERANCE = 1e-6
 _MAX_ITERATIONS = 300
+_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Equations:
     place : ndarray
         ``(n, 3)``: 1 and the place in the frame (tangent plane axes) in units of its rms.
     turn : ndarray
-        ``(n, 2, 2)`` frame pixels to the axes of the sky.
+        ``(F, 2, 2)`` frame pixels to the axes of the sky.
     terms : ndarray
         ``(n, 9)`` distortion terms.
     camera : ndarray
@@ -93,15 +94,20 @@ def own_moves(equations: Equations) -> tuple[Floats, Floats]:
     error : ndarray
         ``(F, 3)`` pixels; infinite where nothing is known.
     """
-    frames = len(equations.width)
+    e, none = equations, np.full(len(equations.bent), -1)
     gram = _frame_grams(equations) + 1e-9 * np.eye(3)
-    rows = equations.frame >= 0
-    weighted = equations.weight[rows, None, None] * equations.place[rows, :, None] * equations.miss[rows, None, :]
-    right = np.stack(
-        [np.bincount(equations.frame[rows], column, frames) for column in weighted.reshape(-1, 6).T], axis=1
-    ).reshape(frames, 3, 2)
+    right = np.zeros_like(e.moved)
+    _gather(e.frame, e.camera, none, e.place, e.turn, e.terms, e.weight, e.miss, right, e.bent[:0])
     covariance = np.linalg.inv(gram)
     return covariance @ right, np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))
+
+
+def shifts(equations: Equations, move: Floats) -> Floats:
+    """``(n, 2)`` how far moves ``(F, 3, 2)`` shift every detection, pixels on the axes of the sky."""
+    e, none = equations, np.full(len(equations.bent), -1)
+    made = np.empty_like(e.miss)
+    _apply(e.frame, e.camera, none, e.place, e.turn, e.terms, np.ones(len(made)), move, e.bent[:0], made)
+    return made
 
 
 def adjust(equations: Equations, free: Bools) -> Adjustment:
@@ -120,8 +126,8 @@ def adjust(equations: Equations, free: Bools) -> Adjustment:
     )
     move, bend = system.unpack(solution[0])
     full = np.zeros_like(equations.bent)
-    full[free] = system.bend_scale @ bend
-    return Adjustment(np.swapaxes(system.frame_scale, 1, 2) @ move, full, float(solution[3]) ** 2)
+    full[free] = bend
+    return Adjustment(move, full, float(solution[3]) ** 2)
 
 
 class _System:
@@ -131,78 +137,130 @@ class _System:
     """
 
     def __init__(self, equations: Equations, free: Bools) -> None:
-        n, frames = len(equations.star), len(equations.width)
-        root = np.sqrt(equations.weight)
+        self._equations = equations
+        self._root = np.sqrt(equations.weight)
+        self._total = np.bincount(equations.star, equations.weight)
+        self._slot = np.where(free, np.cumsum(free) - 1, -1)  # where a camera's distortion is among the unknowns
+        self._frames, self._free = len(equations.width), int(free.sum())
         gram = _frame_grams(equations) + np.eye(3) / equations.width[:, :, None] ** 2
         # With the Cholesky factor L of a block, x = L^-T y turns the block into the unit matrix.
-        self.frame_scale = np.linalg.inv(np.linalg.cholesky(gram))
-        at = np.maximum(equations.frame, 0)
-        place = np.einsum("nij,nj->ni", self.frame_scale[at], equations.place) * root[:, None]
-        place[equations.frame < 0] = 0
-        columns = (3 * at[:, None] + np.arange(3)).ravel()
-        self.place = csr_array((place.ravel(), columns, np.arange(0, 3 * n + 1, 3)), shape=(n, 3 * frames))
-        self.place_t = self.place.T.tocsr()
-        norm = np.sqrt(np.bincount(equations.star, equations.weight))
-        star = csr_array((root / norm[equations.star], equations.star, np.arange(n + 1)), shape=(n, len(norm)))
-        self.star, self.star_t = star, star.T.tocsr()
-        self.frame_prior = np.swapaxes(self.frame_scale, 1, 2) / equations.width[:, :, None]
-        self._prepare_cameras(equations, root, np.flatnonzero(free))
-        miss = equations.miss * root[:, None]
-        self.right = np.concatenate(
-            [
-                (miss - self.star @ (self.star_t @ miss)).ravel(),
-                (-equations.moved / equations.width[:, :, None]).ravel(),
-                (-equations.bent[free] / _BEND_PRIOR).ravel(),
-            ]
+        self.frame_scale = np.swapaxes(np.linalg.inv(np.linalg.cholesky(gram)), 1, 2)
+        self.bend_scale = np.stack(
+            [_bend_scale(equations, k) for k in np.flatnonzero(free).tolist()] or [np.zeros((0, 0))]
         )
-        self.n, self.frames, self.free = n, frames, int(free.sum())
-        self.shape = (len(self.right), 6 * frames + 2 * TERMS * self.free)
-
-    def _prepare_cameras(self, equations: Equations, root: Floats, free: Ints) -> None:
-        self.rows, self.terms, self.turn = [], [], []
-        self.bend_scale = np.zeros((len(free), TERMS, TERMS))
-        for i, k in enumerate(free):
-            rows = np.flatnonzero(equations.camera == k)
-            terms = equations.terms[rows] * root[rows, None]
-            scale = np.linalg.inv(np.linalg.cholesky(terms.T @ terms + np.eye(TERMS) / _BEND_PRIOR**2)).T
-            self.bend_scale[i] = scale
-            self.rows.append(rows)
-            self.terms.append(terms @ scale)
-            self.turn.append(equations.turn[rows])
+        width = equations.width[:, :, None]
+        right = equations.miss * self._root[:, None]
+        _take_means(equations.star, self._root, self._total, right)
+        self.right = np.concatenate(
+            [right.ravel(), (-equations.moved / width).ravel(), (-equations.bent[free] / _BEND_PRIOR).ravel()]
+        )
+        self.shape = (len(self.right), 6 * self._frames + 2 * TERMS * self._free)
 
     def unpack(self, unknowns: Floats) -> tuple[Floats, Floats]:
-        split = 6 * self.frames
-        return unknowns[:split].reshape(self.frames, 3, 2), unknowns[split:].reshape(self.free, TERMS, 2)
+        """Moves ``(F, 3, 2)`` and distortions ``(free, 9, 2)``, pixels."""
+        split = 6 * self._frames
+        move, bend = unknowns[:split].reshape(-1, 3, 2), unknowns[split:].reshape(-1, TERMS, 2)
+        return self.frame_scale @ move, self.bend_scale @ bend if self._free else bend
 
     def forward(self, unknowns: Floats) -> Floats:
+        """What the rows say of the unknowns."""
+        e, n = self._equations, len(self._root)
         move, bend = self.unpack(unknowns)
-        rows = self.place @ move.reshape(-1, 2)
-        for at, terms, turn, b in zip(self.rows, self.terms, self.turn, bend, strict=True):
-            rows[at] += np.einsum("nij,nj->ni", turn, terms @ b)
-        rows -= self.star @ (self.star_t @ rows)
-        return np.concatenate(
-            [rows.ravel(), (self.frame_prior @ move).ravel(), (self.bend_scale @ bend / _BEND_PRIOR).ravel()]
-        )
+        made = np.empty(self.shape[0])
+        rows = made[: 2 * n].reshape(n, 2)
+        _apply(e.frame, e.camera, self._slot, e.place, e.turn, e.terms, self._root, move, bend, rows)
+        _take_means(e.star, self._root, self._total, rows)
+        made[2 * n :] = np.concatenate([(move / e.width[:, :, None]).ravel(), (bend / _BEND_PRIOR).ravel()])
+        return made
 
     def adjoint(self, values: Floats) -> Floats:
-        a, b = 2 * self.n, 2 * self.n + 6 * self.frames
-        rows = values[:a].reshape(self.n, 2)  # free of their stars' means already, as `right` and `forward` are
-        move = (self.place_t @ rows).reshape(self.frames, 3, 2)
-        move += np.swapaxes(self.frame_prior, 1, 2) @ values[a:b].reshape(self.frames, 3, 2)
-        bend = np.swapaxes(self.bend_scale, 1, 2) @ values[b:].reshape(self.free, TERMS, 2) / _BEND_PRIOR
-        for i, (at, terms, turn) in enumerate(zip(self.rows, self.terms, self.turn, strict=True)):
-            bend[i] += terms.T @ np.einsum("nij,ni->nj", turn, rows[at])
+        """The transpose of `forward`."""
+        e, n = self._equations, len(self._root)
+        rows = values[: 2 * n].reshape(n, 2)  # free of their stars' means already, as `right` and `forward` are
+        priors = values[2 * n :]
+        move = priors[: 6 * self._frames].reshape(-1, 3, 2) / e.width[:, :, None]
+        bend = priors[6 * self._frames :].reshape(-1, TERMS, 2) / _BEND_PRIOR
+        _gather(e.frame, e.camera, self._slot, e.place, e.turn, e.terms, self._root, rows, move, bend)
+        move = np.swapaxes(self.frame_scale, 1, 2) @ move
+        bend = np.swapaxes(self.bend_scale, 1, 2) @ bend if self._free else bend
         return np.concatenate([move.ravel(), bend.ravel()])
+
+
+def _bend_scale(equations: Equations, camera: int) -> Floats:
+    """``(9, 9)`` the same as the frames' scale for the distortion of one camera, equally in x and y."""
+    rows = equations.camera == camera
+    terms = equations.terms[rows]
+    gram = terms.T @ (terms * equations.weight[rows, None]) + np.eye(TERMS) / _BEND_PRIOR**2
+    return np.asarray(np.linalg.inv(np.linalg.cholesky(gram)).T)
 
 
 def _frame_grams(equations: Equations) -> Floats:
     """``(F, 3, 3)`` normal matrices of the frames by themselves."""
-    frames = len(equations.width)
-    rows = equations.frame >= 0
-    place, frame = equations.place[rows], equations.frame[rows]
-    weighted = place * equations.weight[rows, None]
-    gram = np.empty((frames, 3, 3))
-    for i in range(3):
-        for j in range(3):
-            gram[:, i, j] = np.bincount(frame, weighted[:, i] * place[:, j], frames)
+    gram = np.zeros((len(equations.width), 3, 3))
+    _add_squares(equations.frame, equations.weight, equations.place, gram)
     return gram
+
+
+@_compiled
+def _add_squares(frame, weight, place, gram):  # type: ignore[no-untyped-def]
+    """Add every row's place times itself to its frame's matrix."""
+    for i in range(len(frame)):
+        if frame[i] >= 0:
+            own = gram[frame[i]]
+            for a in range(3):
+                for b in range(3):
+                    own[a, b] += weight[i] * place[i, a] * place[i, b]
+
+
+@_compiled
+def _apply(frame, camera, slot, place, turn, terms, root, move, bend, out):  # type: ignore[no-untyped-def]
+    """Rows ``(n, 2)``: how far moves and distortions shift every detection, times the root of its weight."""
+    for i in range(len(frame)):
+        f = frame[i]
+        x = y = 0.0
+        if f >= 0:
+            for a in range(3):
+                x += place[i, a] * move[f, a, 0]
+                y += place[i, a] * move[f, a, 1]
+            k = slot[camera[i]]
+            if k >= 0:
+                along, across = 0.0, 0.0
+                for a in range(TERMS):
+                    along += terms[i, a] * bend[k, a, 0]
+                    across += terms[i, a] * bend[k, a, 1]
+                x += turn[f, 0, 0] * along + turn[f, 0, 1] * across
+                y += turn[f, 1, 0] * along + turn[f, 1, 1] * across
+        out[i, 0], out[i, 1] = root[i] * x, root[i] * y
+
+
+@_compiled
+def _gather(frame, camera, slot, place, turn, terms, root, rows, move, bend):  # type: ignore[no-untyped-def]
+    """The transpose of `_apply`, added to moves and distortions."""
+    for i in range(len(frame)):
+        f = frame[i]
+        if f < 0:
+            continue
+        x, y = root[i] * rows[i, 0], root[i] * rows[i, 1]
+        for a in range(3):
+            move[f, a, 0] += place[i, a] * x
+            move[f, a, 1] += place[i, a] * y
+        k = slot[camera[i]]
+        if k >= 0:
+            along = turn[f, 0, 0] * x + turn[f, 1, 0] * y
+            across = turn[f, 0, 1] * x + turn[f, 1, 1] * y
+            for a in range(TERMS):
+                bend[k, a, 0] += terms[i, a] * along
+                bend[k, a, 1] += terms[i, a] * across
+
+
+@_compiled
+def _take_means(star, root, total, rows):  # type: ignore[no-untyped-def]
+    """Free weighted rows of their stars' weighted means, in place."""
+    sums = np.zeros((len(total), 2))
+    for i in range(len(star)):
+        sums[star[i], 0] += root[i] * rows[i, 0]
+        sums[star[i], 1] += root[i] * rows[i, 1]
+    for i in range(len(star)):
+        share = root[i] / total[star[i]]
+        rows[i, 0] -= share * sums[star[i], 0]
+        rows[i, 1] -= share * sums[star[i], 1]

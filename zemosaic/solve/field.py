@@ -16,7 +16,7 @@ from astropy.wcs import WCS
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from zemosaic.solve.adjust import Adjustment, Equations, adjust, own_moves
+from zemosaic.solve.adjust import Adjustment, Equations, adjust, own_moves, shifts
 from zemosaic.solve.merge import Consensus, beyond_chance, crowd, label_stars, means, medians, seen_once
 from zemosaic.solve.pointing import (
     Pointings,
@@ -26,6 +26,7 @@ from zemosaic.solve.pointing import (
     sky_directions,
     tangent_axes,
     turn_to_pole,
+    turned,
 )
 from zemosaic.solve.rescue import Targets
 from zemosaic.sphere import to_vectors
@@ -337,8 +338,7 @@ class Field:
     def _equations(self, merged: Merged) -> Equations:
         """The equations with equal weights, detections being where they were found."""
         n, own = len(merged.row), merged.frame >= 0
-        turn, offset = np.tile(np.eye(2), (n, 1, 1)), np.zeros((n, 2))
-        turn[own] = self.now.matrix[merged.frame[own]] / self.unit
+        offset = np.zeros((n, 2))
         offset[own] = self.offset[merged.row[own]]
         camera = np.where(own, self.now.camera[merged.frame], -1)
         place, terms = self._design(merged.frame, camera, offset)
@@ -346,7 +346,7 @@ class Field:
             star=merged.star,
             frame=merged.frame,
             place=place,
-            turn=turn,
+            turn=self.now.matrix / self.unit,
             terms=terms,
             camera=camera,
             miss=np.zeros((n, 2)),
@@ -364,8 +364,9 @@ class Field:
         makes their noise smaller, and where nothing else determines the scale, that would be the best fit.
         """
         own = merged.frame >= 0
-        offset = np.asarray(np.linalg.solve(equations.turn, equations.miss[:, :, None])[:, :, 0], np.float64)
-        offset[own] += self.offset[merged.row[own]]
+        offset = np.zeros_like(equations.miss)
+        back = np.linalg.inv(np.where(self.now.placed[:, None, None], equations.turn, np.eye(2)))
+        offset[own] = self.offset[merged.row[own]] + turned(back, merged.frame[own], equations.miss[own])
         place, terms = self._design(merged.frame, equations.camera, offset)
         return replace(equations, place=place, terms=terms)
 
@@ -381,7 +382,7 @@ class Field:
 
     def _robust_weights(self, equations: Equations, move: Floats) -> Floats:
         """Weights from the scatter of every frame and of the reference; what is far off hardly counts."""
-        residual = equations.miss - np.einsum("np,npa->na", equations.place, move[equations.frame])
+        residual = equations.miss - shifts(equations, move)
         # A detection pulls the mean that it is compared with.
         pull = equations.weight / np.bincount(equations.star, equations.weight)[equations.star]
         square = (residual**2).sum(axis=1) / np.maximum(1 - pull, 0.05)

@@ -70,11 +70,13 @@ def medians(label: Ints, values: Floats, labels: int) -> tuple[Floats, Ints]:
     """``(labels,)`` medians (the lower of two; 0 without values) and counts by label; negative labels are skipped."""
     valid = label >= 0
     label, values = label[valid], values[valid]
-    order = np.lexsort((values, label))
+    values = values[np.argsort(label, kind="stable")]
     count = np.bincount(label, minlength=labels)
-    middle = np.cumsum(count) - count + (count - 1) // 2
+    end = np.cumsum(count)
     median = np.zeros(labels)
-    median[count > 0] = values[order][middle[count > 0]]
+    for k in np.flatnonzero(count).tolist():
+        middle = (count[k] - 1) // 2
+        median[k] = np.partition(values[end[k] - count[k] : end[k]], middle)[middle]
     return median, count
 
 

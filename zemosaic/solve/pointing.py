@@ -132,8 +132,10 @@ class Pointings:
 
     def plane(self, frame: Ints, offset: Floats, terms: Floats) -> Floats:
         """``(n, 2)`` tangent plane coordinates, radians, of offsets from the centres of frames and their terms."""
-        bent = offset + np.einsum("nt,nta->na", terms, self.bend[self.camera[frame]])
-        return np.einsum("nij,nj->ni", self.matrix[frame], bent)
+        bent, camera = offset.astype(np.float64), self.camera[frame]
+        for k in np.flatnonzero(self.bend.any(axis=(1, 2))):
+            bent[camera == k] += terms[camera == k] @ self.bend[k]
+        return turned(self.matrix, frame, bent)
 
     def sky(self, frame: Ints, offset: Floats, terms: Floats) -> Floats:
         """``(n, 3)`` directions of the same."""
@@ -146,11 +148,13 @@ class Pointings:
         tangent = normalised(self.tangent + np.einsum("fa,fak->fk", shift, tangent_axes(self.tangent)))
         return replace(self, tangent=tangent, matrix=self.matrix + stretch @ self.matrix)
 
-    def frame_grid(self, frame: int) -> Floats:
-        """``(n, 3)`` directions of `Camera.grid`."""
-        camera = self.cameras[self.camera[frame]]
-        offset = camera.grid() - camera.centre
-        return self.sky(np.full(len(offset), frame), offset, camera.terms(offset))
+    def grids(self, camera: int) -> tuple[Ints, Floats]:
+        """The frames ``(m,)`` of one camera, and directions ``(m, n, 3)`` of its `Camera.grid` in each."""
+        one, frames = self.cameras[camera], np.flatnonzero(self.camera == camera)
+        offset = one.grid() - one.centre
+        n, m = len(offset), len(frames)
+        found = self.sky(np.repeat(frames, n), np.tile(offset, (m, 1)), np.tile(one.terms(offset), (m, 1)))
+        return frames, found.reshape(m, n, 3)
 
     def wcs(self, frame: int, turn: Floats) -> WCS:
         """The WCS of one frame: TAN, or TAN-SIP where its camera bends the sky.
@@ -262,6 +266,13 @@ def rms_length(vectors: Floats) -> float:
 def normalised(vectors: Floats) -> Floats:
     """Vectors of length one, ``(..., 3)``."""
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def turned(matrices: Floats, which: Ints, vectors: Floats) -> Floats:
+    """Vectors ``(n, 2)`` times those of the matrices ``(m, 2, 2)`` whose numbers are given, ``(n,)``."""
+    (xx, xy), (yx, yy) = np.moveaxis(matrices, 0, -1)
+    x, y = vectors.T
+    return np.stack([xx[which] * x + xy[which] * y, yx[which] * x + yy[which] * y], axis=1)
 
 
 def tangent_axes(direction: Floats) -> Floats:

@@ -172,13 +172,17 @@ def _to_change(field: Field) -> Bools:
     count = np.bincount(merged.frame[merged.frame >= 0], minlength=field.frames)
     change = field.rescued.copy()
     known = field.trusted & field.now.placed & ~field.rescued & (count >= _FEWEST_MATCHED)
-    for f in np.flatnonzero(known).tolist():
-        wcs, camera = field.observations[f].wcs, field.now.cameras[field.now.camera[f]]
-        before = sky_directions(wcs, camera.grid()) @ field.turn.T
-        correction = rms_length(field.now.frame_grid(f) - before) / field.now.scale[f]
-        # Three numbers an axis are fitted; each adds the variance of the mean.
-        error = field.noise[f] * field.unit / field.now.scale[f] * math.sqrt(6 / count[f])
-        change[f] = correction > (VISIBLE if field.uneven else max(VISIBLE, _SIGNIFICANT * error))
+    scale = field.now.scale
+    for k, camera in enumerate(field.now.cameras):
+        for f, after in zip(*field.now.grids(k), strict=True):
+            wcs = field.observations[f].wcs
+            if not known[f] or wcs is None:
+                continue
+            before = sky_directions(wcs, camera.grid()) @ field.turn.T
+            correction = rms_length(after - before) / scale[f]
+            # Three numbers an axis are fitted; each adds the variance of the mean.
+            error = field.noise[f] * field.unit / scale[f] * math.sqrt(6 / count[f])
+            change[f] = correction > (VISIBLE if field.uneven else max(VISIBLE, _SIGNIFICANT * error))
     return change
 
 
