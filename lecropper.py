@@ -70,7 +70,9 @@ class AutoCrop:
     n_removed: int
 
 
-def polish(mosaic: Mosaic, settings: Settings, events: Events, *, keep: float) -> tuple[Mosaic, tuple[str, ...]]:
+def polish(
+    mosaic: Mosaic, settings: Settings, events: Events, *, keep: float, workers: int = 1
+) -> tuple[Mosaic, tuple[str, ...]]:
     """Coverage cut → two-pass renormalisation → quality crop → alt-az clean-up → autocrop, as switched on.
 
     Every step takes the whole mosaic, so image, coverage, alpha and WCS stay in step.
@@ -85,6 +87,8 @@ def polish(mosaic: Mosaic, settings: Settings, events: Events, *, keep: float) -
         Is told what every step removed.
     keep : float
         Coverage to keep, share of the typical one (`zemosaic.coverage.coverage_threshold`); 0 = no cut.
+    workers : int
+        Threads.
 
     Returns
     -------
@@ -102,10 +106,11 @@ def polish(mosaic: Mosaic, settings: Settings, events: Events, *, keep: float) -
 
     if keep > 0:
         limit = coverage_threshold(mosaic.coverage, keep)
-        mosaic, removed = coverage_cut(mosaic, limit, in_place=True)
+        mosaic, removed = coverage_cut(mosaic, limit, in_place=True, workers=workers)
         note("polish_coverage_cut", n=removed, limit=limit)
     if settings.two_pass_coverage_renorm:
-        mosaic, stats = two_pass_renorm(mosaic, settings.two_pass_cov_sigma_px, settings.two_pass_cov_gain_clip)
+        reach, clip = settings.two_pass_cov_sigma_px, settings.two_pass_cov_gain_clip
+        mosaic, stats = two_pass_renorm(mosaic, reach, clip, workers)
         note("polish_two_pass", min=stats.gain_min, max=stats.gain_max)
     mosaic = crop_edges(mosaic, settings, note)
     if settings.global_wcs_autocrop_enabled:

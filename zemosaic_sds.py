@@ -205,7 +205,7 @@ def assemble_global_mosaic_sds(
     if not (mosaic.coverage > 0).any():
         raise SdsError("the mosaic has no valid pixel: every sample was rejected or missing")
     events.phase(8, "polish")
-    mosaic, history = polish(mosaic, settings, events)
+    mosaic, history = polish(mosaic, settings, events, bench.workers)
     return SdsResult(mosaic, reports, gains, history)
 
 
@@ -645,7 +645,7 @@ def _unit_noise(tile: Tile) -> NDArray[np.float64]:
 # --- polish -------------------------------------------------------------------------------------------------
 
 
-def polish(mosaic: Mosaic, settings: Settings, events: Events) -> tuple[Mosaic, tuple[str, ...]]:
+def polish(mosaic: Mosaic, settings: Settings, events: Events, workers: int = 1) -> tuple[Mosaic, tuple[str, ...]]:
     """Coverage cut → two-pass renormalisation → quality crop → alt-az clean-up → autocrop, as switched on.
 
     Every step takes the whole mosaic, so image, coverage, alpha and WCS stay in step.
@@ -657,4 +657,4 @@ def polish(mosaic: Mosaic, settings: Settings, events: Events) -> tuple[Mosaic, 
     history : tuple of str
         One line per step that was run.
     """
-    return lecropper.polish(mosaic, settings, events, keep=settings.sds_min_coverage_keep)
+    return lecropper.polish(mosaic, settings, events, keep=settings.sds_min_coverage_keep, workers=workers)

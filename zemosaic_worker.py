@@ -431,7 +431,7 @@ def _mosaic_first(job: Job) -> RouteResult:
     made = _stack(range(len(job.subs)), job, Window.of_shape(job.canvas.shape))
     tile = made.tile
     mosaic = Mosaic(tile.image, tile.coverage, alpha_of(tile.coverage), job.canvas.wcs.deepcopy())
-    mosaic, history = lecropper.polish(_with_data(mosaic), settings, events, keep=CLASSIC_KEEP)
+    mosaic, history = lecropper.polish(_with_data(mosaic), settings, events, keep=CLASSIC_KEEP, workers=job.workers)
     outcomes = [Outcome(-1, made.used[i], made.rejected[i], made.lost.get(i, "")) for i in range(len(job.subs))]
     return RouteResult(mosaic, outcomes, (), history)
 
@@ -463,7 +463,7 @@ def _master_tiles(job: Job) -> RouteResult:
         check_stop=events.check_stop,
     )
     events.phase(8, "polish")
-    mosaic, history = lecropper.polish(_with_data(mosaic), settings, events, keep=CLASSIC_KEEP)
+    mosaic, history = lecropper.polish(_with_data(mosaic), settings, events, keep=CLASSIC_KEEP, workers=job.workers)
     cards = (
         ("NTILES", len(tiles), "master tiles"),
         ("ASSEMBLY", settings.final_assembly_method, "final_assembly_method"),

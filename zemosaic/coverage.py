@@ -15,15 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from zemosaic.execute import thread_map
 from zemosaic.tiles import FloatImage, Mosaic
 
 PLATEAU_SHARE = 0.10  # share of the covered sky at one depth that makes this depth a panel, not a ramp
 PLATEAU_WIDTH = 0.10  # relative half width of "one depth"
 SAMPLES = 1_000_000  # pixels that give the typical coverage well enough
+_ROWS = 512  # of the mosaic that are judged at a time
 DIP_PX = 15  # width of a dip in the coverage that rejection makes: a trail, a cosmic ray
 MIN_FRAMES = 3.0  # fewer cannot tell which of two disagreeing samples is the bad one
 
 BLOCK = 8  # px; small against nebulae, so that their third difference vanishes, large against the noise
+_MIDDLE = slice(BLOCK**2 // 2 - 1, BLOCK**2 // 2 + 1)  # of its pixels in order
 MIN_BORDER = 0.02  # third difference of ln(coverage) from which a block counts as lying on a border
 MIN_BLOCKS = 50
 MIN_SIGNIFICANCE = 5.0
@@ -109,12 +112,13 @@ def coverage_threshold(coverage: FloatImage, keep: float, min_frames: float = MI
     return min(keep * typical, max(min_frames, keep**2 * typical))
 
 
-def coverage_cut(mosaic: Mosaic, threshold: float, *, in_place: bool = False) -> tuple[Mosaic, int]:
+def coverage_cut(mosaic: Mosaic, threshold: float, *, in_place: bool = False, workers: int = 1) -> tuple[Mosaic, int]:
     """Turn regions of less than `threshold` frames into "no data" (NaN, coverage 0, alpha 0).
 
     Where rejection took a sample of a satellite's trail or a cosmic ray, the coverage dips over a few
     pixels. Those dips are filled before judging (a grey closing of `DIP_PX`): a region is cut for how it
-    was exposed, not for what was cleaned out of it. A large mosaic is better changed `in_place` than copied.
+    was exposed, not for what was cleaned out of it. A large mosaic is better changed `in_place` than copied,
+    and by several threads.
 
     Returns
     -------
@@ -123,8 +127,15 @@ def coverage_cut(mosaic: Mosaic, threshold: float, *, in_place: bool = False) ->
     n_removed : int
         Covered pixels that were given up.
     """
-    exposed = cv2.morphologyEx(mosaic.coverage, cv2.MORPH_CLOSE, np.ones((DIP_PX, DIP_PX), np.uint8))
-    thin = (mosaic.coverage > 0) & (exposed < threshold)
+    ny, reach = len(mosaic.coverage), 2 * DIP_PX
+
+    def thin_rows(y: int) -> NDArray[np.bool_]:
+        rows = mosaic.coverage[max(y - reach, 0) : y + _ROWS + reach]
+        exposed = cv2.morphologyEx(rows, cv2.MORPH_CLOSE, np.ones((DIP_PX, DIP_PX), np.uint8))
+        own = slice(min(y, reach), min(y, reach) + _ROWS)
+        return (rows[own] > 0) & (exposed[own] < threshold)
+
+    thin = np.concatenate(list(thread_map(thin_rows, range(0, ny, _ROWS), workers)))
     n_removed = int(np.count_nonzero(thin))
     if n_removed and not in_place:
         return mosaic.without(thin), n_removed
@@ -162,7 +173,7 @@ class RenormStats:
 
 
 def two_pass_renorm(
-    mosaic: Mosaic, sigma_px: float = 50.0, gain_clip: tuple[float, float] = (0.85, 1.18)
+    mosaic: Mosaic, sigma_px: float = 50.0, gain_clip: tuple[float, float] = (0.85, 1.18), workers: int = 1
 ) -> tuple[Mosaic, RenormStats]:
     """Smooth what is left of steps of level that follow the borders of coverage.
 
@@ -185,6 +196,8 @@ def two_pass_renorm(
         Reach of the correction, px.
     gain_clip : tuple of float
         Least and greatest gain, ``0 < least <= 1 <= greatest``.
+    workers : int
+        Threads that measure.
 
     Returns
     -------
@@ -200,7 +213,7 @@ def two_pass_renorm(
     """
     if not 0 < gain_clip[0] <= 1 <= gain_clip[1]:
         raise ValueError(f"The gain limits must enclose 1, not {gain_clip}.")
-    depth, level = _block_logs(mosaic)
+    depth, level = _block_logs(mosaic, workers)
     stats = _border_slope(depth, level)
     if stats.significance < MIN_SIGNIFICANCE or stats.step < MIN_STEP:
         return mosaic, stats
@@ -222,21 +235,27 @@ def two_pass_renorm(
     return replace(mosaic, image=image), stats
 
 
-def _block_logs(mosaic: Mosaic) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _block_logs(mosaic: Mosaic, workers: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """ln(mean coverage) and ln(median luminance) per block; NaN for blocks not wholly covered or <= 0."""
     ny, nx = (n - n % BLOCK for n in mosaic.shape)
-    depths, levels = [], []
-    for y in range(0, ny, BLOCK):  # a row of blocks at a time: no second copy of the picture
+
+    def row_of_blocks(y: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         image, coverage = mosaic.image[y : y + BLOCK, :nx], mosaic.coverage[y : y + BLOCK, :nx]
-        luminance = image.mean(axis=2) if image.ndim == 3 else image
-        cells = luminance.reshape(BLOCK, -1, BLOCK).swapaxes(0, 1).reshape(-1, BLOCK * BLOCK)
-        frames = coverage.reshape(BLOCK, -1, BLOCK).swapaxes(0, 1).reshape(-1, BLOCK * BLOCK)
+        # Plane by plane: numpy is slow along a short axis.
+        luminance = sum(np.moveaxis(image, 2, 0)) / np.float32(image.shape[2]) if image.ndim == 3 else image
+        cells, frames = (
+            part.reshape(BLOCK, -1, BLOCK).swapaxes(0, 1).reshape(-1, BLOCK * BLOCK) for part in (luminance, coverage)
+        )
         whole = np.all((frames > 0) & np.isfinite(cells), axis=1)
-        level = np.median(np.where(whole[:, None], cells, 1.0), axis=1)
+        # A vectorised sort is several times as fast as a selection per block.
+        level = np.sort(np.where(whole[:, None], cells, np.float32(1)), axis=1)[:, _MIDDLE].mean(axis=1)
         whole &= level > 0
-        levels.append(np.where(whole, np.log(np.where(whole, level, 1.0)), np.nan))
-        depths.append(np.where(whole, np.log(np.where(whole, frames.mean(axis=1), 1.0)), np.nan))
-    return np.array(depths), np.array(levels)
+        depth = np.where(whole, np.log(np.where(whole, frames.mean(axis=1), 1.0)), np.nan)
+        return depth, np.where(whole, np.log(np.where(whole, level, 1.0)), np.nan)
+
+    rows = list(thread_map(row_of_blocks, range(0, ny, BLOCK), workers))  # no second copy of the picture
+    empty = np.empty((0, nx // BLOCK))
+    return np.array([depth for depth, _ in rows] or empty), np.array([level for _, level in rows] or empty)
 
 
 def _border_slope(depth: NDArray[np.float64], level: NDArray[np.float64]) -> RenormStats:

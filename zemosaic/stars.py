@@ -17,7 +17,8 @@ import sep
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from zemosaic.kernels import cfa_cells, star_sums
+from zemosaic.apertures import half_light_radii, star_sums
+from zemosaic.kernels import cfa_cells
 from zemosaic.robust import median
 from zemosaic.tiles import FloatImage
 
@@ -25,6 +26,7 @@ _MAX_STARS = 400  # brightest detections that are measured
 _DETECT_SIGMA = 5.0
 _MAX_COMPANY = 0.25  # flux of a neighbour that is tolerated, share of the star's own
 _COMPANY_ERROR = 0.3  # share of a neighbour's flux by which it may differ from frame to frame
+_LIGHT_CELLS = 8.0  # that hold a star's light
 _ALONE_CELLS = 10.0  # distance of the next source from which a width is not spoilt by it
 _MAX_ELLIPTICITY = 0.6  # more is a piece of a trail
 _BACKGROUND_CELLS = 32  # size of the background mesh, 2x2 cells
@@ -203,8 +205,8 @@ def detect(luminance: FloatImage, *, sigma: float = _DETECT_SIGMA, limit: int = 
     found = found[np.argsort(-found["flux"], kind="stable")[:limit]]
     if not len(found):
         return empty
-    radius, bad = sep.flux_radius(image, found["x"], found["y"], np.full(len(found), 8.0), 0.5, subpix=3)
-    good = (bad == 0) & ~_sharper_than_light(image, found)
+    radius = half_light_radii(image, found["x"], found["y"], _LIGHT_CELLS)
+    good = np.isfinite(radius) & ~_sharper_than_light(image, found)
     a, b = found["a"][good].astype(float), found["b"][good].astype(float)
     return Detection(
         found["x"][good].astype(float),
