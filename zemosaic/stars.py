@@ -8,6 +8,7 @@ colours of a CFA come apart by themselves. Positions are given in pixels of the 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ _MAX_STARS = 400  # brightest detections that are measured
 _DETECT_SIGMA = 5.0
 _MAX_COMPANY = 0.25  # flux of a neighbour that is tolerated, share of the star's own
 _COMPANY_ERROR = 0.3  # share of a neighbour's flux by which it may differ from frame to frame
+_PART, _PART_MARGIN = 1024, 32  # side of the parts that sources are looked for in, and what is seen around, cells
 _LIGHT_CELLS = 8.0  # that hold a star's light
 _ALONE_CELLS = 10.0  # distance of the next source from which a width is not spoilt by it
 _MAX_ELLIPTICITY = 0.6  # more is a piece of a trail
@@ -220,6 +222,21 @@ def detect(luminance: FloatImage, *, sigma: float = _DETECT_SIGMA, limit: int = 
 
 
 def _extract(image: FloatImage, mask: NDArray[np.bool_], threshold: float) -> NDArray:
+    """Sources above `threshold`, part by part where the image is large: sep's time grows with their number squared."""
+    h, w = image.shape
+    found = []
+    for top, left in itertools.product(range(0, h, _PART), range(0, w, _PART)):
+        y0, x0 = max(top - _PART_MARGIN, 0), max(left - _PART_MARGIN, 0)
+        window = slice(y0, top + _PART + _PART_MARGIN), slice(x0, left + _PART + _PART_MARGIN)
+        part = _extract_part(np.ascontiguousarray(image[window]), np.ascontiguousarray(mask[window]), threshold)
+        for name, corner in (("x", x0), ("y", y0), ("xpeak", x0), ("ypeak", y0)):
+            part[name] += corner
+        own = (part["x"] >= left) & (part["x"] < left + _PART) & (part["y"] >= top) & (part["y"] < top + _PART)
+        found.append(part[own])
+    return np.concatenate(found)
+
+
+def _extract_part(image: FloatImage, mask: NDArray[np.bool_], threshold: float) -> NDArray:
     """Sources above `threshold`, or above a higher one where they are too many to be taken apart."""
     for factor in (1, 4, 16):
         try:
@@ -227,7 +244,7 @@ def _extract(image: FloatImage, mask: NDArray[np.bool_], threshold: float) -> ND
         except Exception as problem:  # sep has no type of its own for a full buffer
             if "pixel buffer full" not in str(problem) and "deblending overflow" not in str(problem):
                 raise
-    return np.zeros(0)
+    return sep.extract(image, np.inf, mask=mask)  # none
 
 
 def _sharper_than_light(image: FloatImage, found: NDArray) -> NDArray[np.bool_]:
