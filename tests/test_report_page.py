@@ -170,6 +170,8 @@ def test_every_figure_stands_beside_its_threshold(hostile: str, verdict: Verdict
     assert gain.grade == "FAIL"
     row = re.search(r"<span>Brightness of the lot that is off most.*?</li>", plain, re.DOTALL)
     assert row and f"{gain.value:.1f}" in row[0] and "good below 5, fault from 10" in row[0] and "chip FAIL" in row[0]
+    scatter = verdict.figure("phot_scatter")
+    assert re.search(rf"{scatter.value:.2f}\s±\s[0-9.]+\smmag", plain)  # by how much it varies by chance
     for figure in verdict.figures:
         assert page_module.render(f"verdict_{figure.key}", {}, "en") in plain
     for finding in verdict.findings:

@@ -67,7 +67,10 @@ def _row(figure: Figure, story: Story, say: Words) -> dict[str, Any]:
     """A figure with its threshold; what it means for the eye is the meter: where the value lies in its range."""
     unit = _UNITS.get(figure.unit, figure.unit)
     known = math.isfinite(figure.value)
-    value = f"{say.number(figure.value)} {unit}".strip().replace(" ", NO_BREAK) if known else say("unknown")
+    number = say.number(figure.value)
+    if math.isfinite(figure.chance):
+        number += f" ± {say.number(figure.chance, 2)}"
+    value = f"{number} {unit}".strip().replace(" ", NO_BREAK) if known else say("unknown")
     if known and unit == "px" and math.isfinite(story.scale):
         value += f" ({say.number(figure.value * story.scale)}″)"
     if math.isfinite(figure.fail):
