@@ -140,6 +140,17 @@ def test_the_cut_makes_no_data_everywhere_and_counts_it():
     assert np.isfinite(mosaic.image[gone]).all()  # the picture that came in is as it was
 
 
+def test_a_tall_picture_is_judged_as_a_whole_by_any_number_of_workers(monkeypatch):
+    coverage = rosette()
+    coverage[::7, 3::11] = 1  # dips, some of them across the borders of what is judged at a time
+    whole = coverage_cut(mosaic_of(coverage), 3.0)[0].coverage
+    logs = two_pass_renorm(mosaic_of(coverage))[1]
+    for rows in (16, 37):
+        monkeypatch.setattr("zemosaic.coverage._ROWS", rows)
+        np.testing.assert_array_equal(coverage_cut(mosaic_of(coverage), 3.0, workers=3)[0].coverage, whole)
+    assert two_pass_renorm(mosaic_of(coverage), workers=3)[1] == logs
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_sky_with_three_frames_stays_at_ten_frames_a_panel(seed):
     coverage = rosette(10, seed=seed)

@@ -13,6 +13,7 @@ from astropy.io import fits
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
+from zemosaic.apertures import half_light_radii
 from zemosaic.calibrate import NO_REPAIRS, Calibration
 from zemosaic.frames import Frame, FrameError, read_frame
 from zemosaic.measure import FrameMeasure, choose_aperture, measure_frame
@@ -207,6 +208,36 @@ def test_a_higher_threshold_finds_fewer():
     luminance = record(light_of(star_field((1e3, 1e4)), 4.0), "mono")
     found = [len(detect(luminance, sigma=sigma).x) for sigma in (3, 5, 10, 20)]
     assert found == sorted(found, reverse=True) and found[0] > found[-1]
+
+
+def test_a_picture_searched_in_parts_shows_every_star_once(monkeypatch):
+    stars = star_field((3e3, 4e5))
+    luminance = record(light_of(stars, 5.0), "mono")
+    whole = detect(luminance)
+    assert min(luminance.shape) > 100  # several parts each way
+    for part in (50, 97):  # some stars lie on their borders
+        monkeypatch.setattr("zemosaic.stars._PART", part)
+        parted = detect(luminance)
+        for name in vars(whole):
+            np.testing.assert_allclose(getattr(parted, name), getattr(whole, name), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("fwhm", [2.0, 3.0, 4.0, 6.0])
+def test_half_the_light_of_a_gaussian_is_within_half_its_width(fwhm):
+    stars = star_field((1e5, 1e5))
+    image = light_of(stars, fwhm).astype(np.float32)
+    x, y = np.array(stars)[:, :2].T
+    radii = half_light_radii(image, x, y, 3 * fwhm)
+    width = np.sqrt(fwhm**2 + 2 * 2.3548**2 / 12)  # pixels widen it as they take the light, and as they are counted
+    np.testing.assert_allclose(2 * radii, width, rtol=0.06)
+    assert np.mean(2 * radii) == pytest.approx(width, rel=0.01)
+
+
+def test_half_light_needs_light_and_a_whole_circle():
+    image = np.zeros((40, 60), np.float32)
+    middle = np.array([[30.0, 20.0], [7.9, 20.0], [8.0, 8.0], [51.1, 20.0], [51.0, 31.0], [30.0, 31.1]])
+    found = half_light_radii(image, *middle.T, 8.0)
+    np.testing.assert_array_equal(found, [0, np.nan, 0, np.nan, 0, np.nan])
 
 
 def test_the_width_of_a_star_is_its_fwhm_and_grows_with_it():
