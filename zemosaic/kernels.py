@@ -113,7 +113,6 @@ def lanczos(channels: int) -> Any:
     """
     taps = _TAPS * channels
 
-    @_compiled
     def warp(source, y0, x0, shape, grid_x, grid_y, step, top, left, table, edge, gain, plane, out):  # type: ignore[no-untyped-def]
         flat, weights = source.reshape(-1), table.reshape(-1)
         width = numba.uint64(source.shape[1])
@@ -173,7 +172,9 @@ def lanczos(channels: int) -> Any:
                     out[c, v, u] = out[c, v, u] * factor - level
         return count
 
-    return warp
+    # A cache file each: numba mixes up what two processes compile of one function at a time.
+    warp.__qualname__ += f"_{channels}"
+    return _compiled(warp)
 
 
 @_compiled

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zemosaic.canvas import Canvas, pixel_scale
+from zemosaic.execute import thread_map
 from zemosaic.frames import Frame
 from zemosaic.levels import (
     Adjustment,
@@ -228,11 +229,13 @@ def _skies(
 ) -> tuple[Floats, NDArray[np.int64]]:
     spacing = _spacing(measures, maps)
 
-    def sampled(measure: FrameMeasure, pixel_map: PixelMap) -> SkySamples:
+    def sampled(pair: tuple[FrameMeasure, PixelMap]) -> SkySamples:
+        measure, pixel_map = pair
         node, x, y, u, v = canvas_nodes(pixel_map.window, spacing, canvas.shape[1])
         return sample_sky(measure.blocks, measure.block_px, pixel_map.at(x, y), node, u, v)
 
     fixed = None if held is None else held.among(len(measures), held.plane)
     noise = np.array([m.block_noise for m in measures])
-    plane, solutions = solve_skies(list(map(sampled, measures, maps)), gain, noise, fixed, workers)
+    samples = thread_map(sampled, zip(measures, maps, strict=True), workers)
+    plane, solutions = solve_skies(list(samples), gain, noise, fixed, workers)
     return plane, solutions[0].group if solutions else np.zeros(len(measures), np.int64)

@@ -157,7 +157,6 @@ def _multiplier(width: int) -> Any:
     a third faster.
     """
 
-    @_compiled
     def multiply(starts, common, design, w, inverse, unknowns, sums):  # type: ignore[no-untyped-def]
         out, own, made = np.empty_like(unknowns), np.empty(width), np.empty(width)
         sums[:] = 0
@@ -183,7 +182,9 @@ def _multiplier(width: int) -> Any:
             out[f] = made
         return out
 
-    return multiply
+    # A cache file each: numba mixes up what two processes compile of one function at a time.
+    multiply.__qualname__ += f"_{width}"
+    return _compiled(multiply)
 
 
 @_compiled
