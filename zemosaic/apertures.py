@@ -1,22 +1,22 @@
 """Light of single stars: sums in apertures, and the circles that hold half of it.
 
-Compiled loops over the few pixels of every star, which release the interpreter lock; see `zemosaic.kernels`.
+Loops over the few pixels of every star, compiled as `zemosaic.compiled` says.
 """
 
 from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
+
+from zemosaic.compiled import compiled
 
 _RINGS = 256  # equal in area, in which the light around a star is counted
 _PARTS = 5  # along each side of a pixel ...
 _NEAR = 3.5  # ... so near to a star
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
-@_compiled
+@compiled
 def star_sums(plane, corner_x, corner_y, side, x, y, radius, inner, outer):  # type: ignore[no-untyped-def]
     """Sum over the local sky of every star in one plane of cells, two pixels wide each.
 
@@ -69,7 +69,7 @@ def star_sums(plane, corner_x, corner_y, side, x, y, radius, inner, outer):  # t
     return total, effective
 
 
-@_compiled
+@compiled
 def half_light_radii(image, x, y, reach):  # type: ignore[no-untyped-def]
     """Radius of the circle that holds half of the light within `reach` of every star.
 
@@ -101,7 +101,7 @@ def half_light_radii(image, x, y, reach):  # type: ignore[no-untyped-def]
     return radii
 
 
-@_compiled
+@compiled
 def _half_light(box, x, y, reach, near, rings):  # type: ignore[no-untyped-def]
     """The same for one star.
 

@@ -254,8 +254,7 @@ def _block_logs(mosaic: Mosaic, workers: int) -> tuple[NDArray[np.float64], NDAr
         return depth, np.where(whole, np.log(np.where(whole, level, 1.0)), np.nan)
 
     rows = list(thread_map(row_of_blocks, range(0, ny, BLOCK), workers))  # no second copy of the picture
-    empty = np.empty((0, nx // BLOCK))
-    return np.array([depth for depth, _ in rows] or empty), np.array([level for _, level in rows] or empty)
+    return np.array([depth for depth, _ in rows]), np.array([level for _, level in rows])
 
 
 def _border_slope(depth: NDArray[np.float64], level: NDArray[np.float64]) -> RenormStats:

@@ -1,8 +1,6 @@
-"""The inner loops that a run spends most of its time in, compiled with numba.
+"""The inner loops that a run spends most of its time in.
 
-Each does in one pass over the pixels, without temporaries, what would take a dozen passes of array operations. They
-release the interpreter lock and use no fast-math: a pixel's value depends on nothing but its own inputs. Compiled code
-is cached on disk, so only the first run ever waits for the compiler.
+Each does in one pass over the pixels, without temporaries, what would take a dozen passes of array operations.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from zemosaic.compiled import compiled
 from zemosaic.tiles import FloatImage
 
 #: Pixels beyond a position that its interpolation looks at.
@@ -26,7 +25,6 @@ UNDERSHOOT = 0.03
 _TAPS = 2 * LANCZOS_REACH
 _PHASES = 512  # positions are rounded to this part of a pixel
 _BEFORE, _BEHIND = LANCZOS_REACH - 1, LANCZOS_REACH + 1e-6  # of the source that a position must have around it
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
 @cache
@@ -40,7 +38,7 @@ def lanczos_table() -> FloatImage:
     return (weight / weight.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-@_compiled
+@compiled
 def grid_reach(grid_x, grid_y, step, top, left, height, width):  # type: ignore[no-untyped-def]
     """Least and greatest x, then y, of the pixels of a box on a grid (see `lanczos`); NaN if none is known."""
     low_x, high_x, low_y, high_y = np.inf, -np.inf, np.inf, -np.inf
@@ -172,12 +170,10 @@ def lanczos(channels: int) -> Any:
                     out[c, v, u] = out[c, v, u] * factor - level
         return count
 
-    # A cache file each: numba mixes up what two processes compile of one function at a time.
-    warp.__qualname__ += f"_{channels}"
-    return _compiled(warp)
+    return compiled(warp, channels)
 
 
-@_compiled
+@compiled
 def _look_up(grid_x, grid_y, step, v, left, limits, source, starts, nears, phases_x, phases_y):  # type: ignore[no-untyped-def]
     """Where the pixels of one row look: a loop of its own, because the compiler does that with vectors.
 
@@ -230,7 +226,7 @@ def _look_up(grid_x, grid_y, step, v, left, limits, source, starts, nears, phase
         x_here, y_here, node, u = x_next, y_next, node + 1, stop
 
 
-@_compiled
+@compiled
 def _six(weights, at):  # type: ignore[no-untyped-def]
     """Six numbers of an array of weights."""
     return (
@@ -243,7 +239,7 @@ def _six(weights, at):  # type: ignore[no-untyped-def]
     )
 
 
-@_compiled
+@compiled
 def _guard(flat, width, channels, start, nearest, weights, px, py, edge, value):  # type: ignore[no-untyped-def]
     """Hold one interpolated pixel against its surroundings, in place; where pixels are missing do without them."""
     corner = nearest - width - numba.uint64(channels)
@@ -270,7 +266,7 @@ def _guard(flat, width, channels, start, nearest, weights, px, py, edge, value):
         value[c] = min(max(value[c], low - max(UNDERSHOOT * span, edge)), high + max(OVERSHOOT * span, edge))
 
 
-@_compiled
+@compiled
 def debayer_part(cfa: FloatImage, red_row: int, red_column: int) -> FloatImage:
     """Colour of a part of a Bayer mosaic, two pixels smaller on every side.
 
@@ -328,7 +324,7 @@ def debayer_part(cfa: FloatImage, red_row: int, red_column: int) -> FloatImage:
 _EIGHTH, _HALF = np.float32(0.125), np.float32(0.5)
 
 
-@_compiled
+@compiled
 def lonely_pixels(plane, phases, smooth, limit, level, share):  # type: ignore[no-untyped-def]
     """Pixels that stand out from their own colour without their direct neighbours: see `calibrate.find_hot_pixels`.
 
@@ -396,7 +392,7 @@ def lonely_pixels(plane, phases, smooth, limit, level, share):  # type: ignore[n
     return np.array(index)[order], np.array(value)[order]
 
 
-@_compiled
+@compiled
 def cfa_cells(cfa, colours):  # type: ignore[no-untyped-def]
     """The 2x2 cells of a Bayer mosaic in one pass.
 

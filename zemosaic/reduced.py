@@ -12,11 +12,12 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 from scipy.sparse.linalg import LinearOperator, cg
+
+from zemosaic.compiled import compiled
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -25,7 +26,6 @@ _TOLERANCE, _STEPS = 1e-10, 3000  # of the residual, and conjugate gradient step
 _SHARES = (0.5, 0.25, 0.1)  # of a frame's observations, in common with the first of its group
 _COARSE = 2000  # unknowns of the groups at most
 _FREE = 10.0  # times its own observations, from which a prior counts as a decree
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
 class ReducedEquations:
@@ -182,12 +182,10 @@ def _multiplier(width: int) -> Any:
             out[f] = made
         return out
 
-    # A cache file each: numba mixes up what two processes compile of one function at a time.
-    multiply.__qualname__ += f"_{width}"
-    return _compiled(multiply)
+    return compiled(multiply, width)
 
 
-@_compiled
+@compiled
 def _own_parts(starts, design, w, value):  # type: ignore[no-untyped-def]
     """Every frame's own part of the normal equations, ``(F, P, P)``, and of their right side, ``(F, P)``."""
     frames, width = len(starts) - 1, design.shape[1]
@@ -201,7 +199,7 @@ def _own_parts(starts, design, w, value):  # type: ignore[no-untyped-def]
     return blocks, right
 
 
-@_compiled
+@compiled
 def _alike(starts, common, seen, frame_of, free, share):  # type: ignore[no-untyped-def]
     """Group of every frame, -1 for none, and their number: frames that see enough of what a first one sees."""
     frames = len(starts) - 1
@@ -231,7 +229,7 @@ def _alike(starts, common, seen, frame_of, free, share):  # type: ignore[no-unty
     return group, count
 
 
-@_compiled
+@compiled
 def _shared_parts(starts, common, design, w, group, commons):  # type: ignore[no-untyped-def]
     """What fits every frame's unknowns to those of the first of its group over what both see: two ``(F, P, P)``."""
     frames, width = len(starts) - 1, design.shape[1]
@@ -258,7 +256,7 @@ def _shared_parts(starts, common, design, w, group, commons):  # type: ignore[no
     return mine, theirs
 
 
-@_compiled
+@compiled
 def _coarse_matrix(seen, seen_by, frame, design, w, inverse, group, move, count):  # type: ignore[no-untyped-def]
     """What the common values take off the equations of the groups, ``(count P, count P)``, as negative numbers."""
     width = design.shape[1]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from functools import cache
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from zemosaic.compiled import compiled
 from zemosaic.tiles import FloatImage
 
 #: Ratio of the largest to the smallest noise up to which samples count as even.
@@ -20,14 +20,13 @@ EVEN_NOISE = 2.0
 #: Degrees of freedom that the noise model counts for against the samples' own scatter.
 MODEL_WEIGHT = np.float32(10)
 
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
 _CLAMP = np.float32(1.5)
 _CLAMPED_AWAY = np.float32(1.134**2)  # what clamping at 1.5 sigma takes off the variance of a normal distribution
 _MEDIAN_VARIANCE = np.float32(np.pi / 2)  # of a median, over that of a mean
 
 
-@_compiled
+@compiled
 def complete(stack: FloatImage) -> NDArray[np.bool_]:
     """Samples that have data in every channel, ``(n, h, w)``."""
     channels, n, height, width = stack.shape
@@ -91,7 +90,7 @@ def medians(stack: FloatImage, mask: NDArray[np.bool_], sigma: FloatImage, even:
     return np.asarray(_weighted_medians(stack, mask, sigma, sorting_network(n, n)))
 
 
-@_compiled
+@compiled
 def _plain_medians(stack, mask, network):  # type: ignore[no-untyped-def]
     channels, n, height, width = stack.shape
     centre = np.empty((channels, height, width), np.float32)
@@ -125,7 +124,7 @@ def _plain_medians(stack, mask, network):  # type: ignore[no-untyped-def]
     return centre
 
 
-@_compiled
+@compiled
 def _weighted_medians(stack, mask, sigma, network):  # type: ignore[no-untyped-def]
     channels, n, height, width = stack.shape
     centre = np.empty((channels, height, width), np.float32)
@@ -152,7 +151,7 @@ def _weighted_medians(stack, mask, sigma, network):  # type: ignore[no-untyped-d
     return centre
 
 
-@_compiled
+@compiled
 def _weighted_middle(lines, shares, u):  # type: ignore[no-untyped-def]
     """Where half the weight of one sorted column is reached; NaN for an empty one."""
     n = len(lines)
@@ -175,7 +174,7 @@ def _weighted_middle(lines, shares, u):  # type: ignore[no-untyped-def]
     return lines[n - 1, u]
 
 
-@_compiled
+@compiled
 def judge(stack, valid, sigma, centre, tolerance, excess, low, high):  # type: ignore[no-untyped-def]
     """Samples that agree with the centre in every channel, ``(n, h, w)`` bool.
 
@@ -240,7 +239,7 @@ def judge(stack, valid, sigma, centre, tolerance, excess, low, high):  # type: i
     return keep
 
 
-@_compiled
+@compiled
 def slope_tolerance(centre, sky, share):  # type: ignore[no-untyped-def]
     """Further variance ``(C, h, w)`` that honest samples may have where star slopes are, ADU²: see `judge`.
 
@@ -275,7 +274,7 @@ def slope_tolerance(centre, sky, share):  # type: ignore[no-untyped-def]
     return tolerance
 
 
-@_compiled
+@compiled
 def weighted_mean(stack, weight, centre, keep):  # type: ignore[no-untyped-def]
     """Weighted mean of the samples that are kept, ``(h, w, C)``, NaN where there is none.
 
@@ -301,7 +300,7 @@ def weighted_mean(stack, weight, centre, keep):  # type: ignore[no-untyped-def]
     return image
 
 
-@_compiled
+@compiled
 def _copy_row(values, c, i, v, row):  # type: ignore[no-untyped-def]
     """One row of values that are given for every pixel or once for all, into `row`."""
     if values.shape[3] == 1:
@@ -310,7 +309,7 @@ def _copy_row(values, c, i, v, row):  # type: ignore[no-untyped-def]
         row[:] = values[c, i, v]
 
 
-@_compiled
+@compiled
 def tally(valid, keep, share):  # type: ignore[no-untyped-def]
     """Who is behind the pixels of a combined stack.
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse.linalg import LinearOperator, lsmr
+
+from zemosaic.compiled import compiled
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -23,7 +24,6 @@ TERMS = 9  #: of a camera's distortion: two linear, three quadratic, four cubic
 _BEND_PRIOR = 3.0  # pixels at the corner by which a distortion may differ from what it was taken for
 _TOLERANCE = 1e-6
 _MAX_ITERATIONS = 300
-_compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
 @dataclass(frozen=True)
@@ -141,26 +141,25 @@ class _System:
         self._root = np.sqrt(equations.weight)
         self._total = np.bincount(equations.star, equations.weight)
         self._slot = np.where(free, np.cumsum(free) - 1, -1)  # where a camera's distortion is among the unknowns
-        self._frames, self._free = len(equations.width), int(free.sum())
+        self._frames = len(equations.width)
         gram = _frame_grams(equations) + np.eye(3) / equations.width[:, :, None] ** 2
         # With the Cholesky factor L of a block, x = L^-T y turns the block into the unit matrix.
         self.frame_scale = np.swapaxes(np.linalg.inv(np.linalg.cholesky(gram)), 1, 2)
-        self.bend_scale = np.stack(
-            [_bend_scale(equations, k) for k in np.flatnonzero(free).tolist()] or [np.zeros((0, 0))]
-        )
+        scales = [_bend_scale(equations, k) for k in np.flatnonzero(free).tolist()]
+        self.bend_scale = np.reshape(scales, (-1, TERMS, TERMS))
         width = equations.width[:, :, None]
         right = equations.miss * self._root[:, None]
         _take_means(equations.star, self._root, self._total, right)
         self.right = np.concatenate(
             [right.ravel(), (-equations.moved / width).ravel(), (-equations.bent[free] / _BEND_PRIOR).ravel()]
         )
-        self.shape = (len(self.right), 6 * self._frames + 2 * TERMS * self._free)
+        self.shape = (len(self.right), 6 * self._frames + 2 * TERMS * int(free.sum()))
 
     def unpack(self, unknowns: Floats) -> tuple[Floats, Floats]:
         """Moves ``(F, 3, 2)`` and distortions ``(free, 9, 2)``, pixels."""
         split = 6 * self._frames
         move, bend = unknowns[:split].reshape(-1, 3, 2), unknowns[split:].reshape(-1, TERMS, 2)
-        return self.frame_scale @ move, self.bend_scale @ bend if self._free else bend
+        return self.frame_scale @ move, self.bend_scale @ bend
 
     def forward(self, unknowns: Floats) -> Floats:
         """What the rows say of the unknowns."""
@@ -182,7 +181,7 @@ class _System:
         bend = priors[6 * self._frames :].reshape(-1, TERMS, 2) / _BEND_PRIOR
         _gather(e.frame, e.camera, self._slot, e.place, e.turn, e.terms, self._root, rows, move, bend)
         move = np.swapaxes(self.frame_scale, 1, 2) @ move
-        bend = np.swapaxes(self.bend_scale, 1, 2) @ bend if self._free else bend
+        bend = np.swapaxes(self.bend_scale, 1, 2) @ bend
         return np.concatenate([move.ravel(), bend.ravel()])
 
 
@@ -201,7 +200,7 @@ def _frame_grams(equations: Equations) -> Floats:
     return gram
 
 
-@_compiled
+@compiled
 def _add_squares(frame, weight, place, gram):  # type: ignore[no-untyped-def]
     """Add every row's place times itself to its frame's matrix."""
     for i in range(len(frame)):
@@ -212,7 +211,7 @@ def _add_squares(frame, weight, place, gram):  # type: ignore[no-untyped-def]
                     own[a, b] += weight[i] * place[i, a] * place[i, b]
 
 
-@_compiled
+@compiled
 def _apply(frame, camera, slot, place, turn, terms, root, move, bend, out):  # type: ignore[no-untyped-def]
     """Rows ``(n, 2)``: how far moves and distortions shift every detection, times the root of its weight."""
     for i in range(len(frame)):
@@ -233,7 +232,7 @@ def _apply(frame, camera, slot, place, turn, terms, root, move, bend, out):  # t
         out[i, 0], out[i, 1] = root[i] * x, root[i] * y
 
 
-@_compiled
+@compiled
 def _gather(frame, camera, slot, place, turn, terms, root, rows, move, bend):  # type: ignore[no-untyped-def]
     """The transpose of `_apply`, added to moves and distortions."""
     for i in range(len(frame)):
@@ -253,7 +252,7 @@ def _gather(frame, camera, slot, place, turn, terms, root, rows, move, bend):  #
                 bend[k, a, 1] += terms[i, a] * across
 
 
-@_compiled
+@compiled
 def _take_means(star, root, total, rows):  # type: ignore[no-untyped-def]
     """Free weighted rows of their stars' weighted means, in place."""
     sums = np.zeros((len(total), 2))

@@ -134,7 +134,8 @@ class Pointings:
         """``(n, 2)`` tangent plane coordinates, radians, of offsets from the centres of frames and their terms."""
         bent, camera = offset.astype(np.float64), self.camera[frame]
         for k in np.flatnonzero(self.bend.any(axis=(1, 2))):
-            bent[camera == k] += terms[camera == k] @ self.bend[k]
+            rows = camera == k
+            bent[rows] += terms[rows] @ self.bend[k]
         return turned(self.matrix, frame, bent)
 
     def sky(self, frame: Ints, offset: Floats, terms: Floats) -> Floats:
