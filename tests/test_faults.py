@@ -387,7 +387,7 @@ def test_too_little_memory(ended, expected, tmp_path, megabytes):
     if starved.status == 0:
         assert_whole(tmp_path / "out" / expected.name, expected)
         return
-    assert starved.status == 1
+    assert starved.status == 1, starved.text
     assert "No mosaic was made" in starved.text and "Traceback" not in starved.text
     assert not files(tmp_path / "out")
     assert_recovers(ended, tmp_path / "out", expected)
