@@ -41,6 +41,9 @@ _GRID_CELLS = 128  # cells along the longer side of the coarse coverage grid
 _MEDIAN_SAMPLES = 500_000  # pixels that are enough for a median
 _MIN_SHARED = 16  # pixels (or boxes of them) two mega-tiles must share to be compared
 _BOX_PX = 16  # side of the boxes that pixels are averaged in before a shared median
+_BOX_ROWS = 16  # rows of boxes that are averaged at a time
+
+Boxes = tuple[Window, FloatImage]  # means of boxes, and which of the canvas's they are
 
 
 class SdsError(Exception):
@@ -435,9 +438,9 @@ def _carry_gains(
 ) -> set[int]:
     """Fill in `gains` outwards from the reference through shared pixels; returns the tiles that were reached."""
     step = 8 if min(min(tile.window.shape) for tile in tiles) > 64 else 1
-    masks = _of_each(partial(_coarse_mask, step=step), tiles, rest, workers)
-    shared = _shared_table(masks)
-    compared = _compared(tiles, reference, shared, rest, workers)
+    shared = _shared_table(_of_each(partial(_coarse_mask, step=step), tiles, rest, workers))
+    boxes = _of_each(_covered_boxes, tiles, rest, workers)  # each tile is read once, however many others it meets
+    compared = _compared(tiles, boxes, reference, shared, rest, workers)
     waiting = np.ones(len(tiles), np.bool_)
     waiting[reference] = False
     reach = shared[:, reference].copy()  # cells in common with all tiles that are solved
@@ -451,7 +454,7 @@ def _carry_gains(
         against = [reference] if direct[i] > 0 else np.flatnonzero(~waiting & (shared[i] > 0)).tolist()
         logs, weights = [], []
         for j in against:
-            ratio, pixels = compared.get((j, i)) or shared_ratio(tiles[j], tiles[i])
+            ratio, pixels = compared.get((j, i)) or _ratio((tiles[j], boxes[j]), (tiles[i], boxes[i]))
             if pixels >= _MIN_SHARED and np.isfinite(ratio):
                 logs.append(np.log(gains[j] * ratio))
                 weights.append(pixels)
@@ -465,9 +468,14 @@ def _carry_gains(
 
 
 def _compared(
-    tiles: Sequence[Tile], reference: int, shared: NDArray[np.int64], rest: Callable[[], None], workers: int
+    tiles: Sequence[Tile],
+    boxes: Sequence[Boxes],
+    reference: int,
+    shared: NDArray[np.int64],
+    rest: Callable[[], None],
+    workers: int,
 ) -> dict[tuple[int, int], tuple[float, int]]:
-    """`shared_ratio` of the pairs that carry gains: of the reference with all that touch it, and of those that do
+    """`_ratio` of the pairs that carry gains: of the reference with all that touch it, and of those that do
     not with all their neighbours. Only where one of them leads nowhere others are needed."""
     far = shared[reference] == 0
     far[reference] = False
@@ -475,7 +483,8 @@ def _compared(
     wanted[reference] |= shared[reference] > 0
     pairs = np.argwhere(np.triu(wanted | wanted.T, 1)).tolist()
     found = {}
-    ratios = thread_map(lambda pair: shared_ratio(tiles[pair[0]], tiles[pair[1]]), pairs, workers)
+    each = list(zip(tiles, boxes, strict=True))
+    ratios = thread_map(lambda pair: _ratio(each[pair[0]], each[pair[1]]), pairs, workers)
     for (a, b), (ratio, pixels) in zip(pairs, ratios, strict=True):
         found[a, b], found[b, a] = (ratio, pixels), (1 / ratio, pixels)
         rest()
@@ -494,6 +503,18 @@ def _shared_table(masks: Sequence[tuple[Window, NDArray[np.bool_]]]) -> NDArray[
     return shared
 
 
+def _ratio(a: tuple[Tile, Boxes], b: tuple[Tile, Boxes]) -> tuple[float, int]:
+    """`shared_ratio` from the boxes of two tiles where these are enough, else from their pixels."""
+    (first, one), (second, other) = a[1], b[1]
+    box = first.intersect(second)
+    if box.area >= _BOX_PX**2:
+        boxes = one[box.within(first)], other[box.within(second)]
+        whole = int((np.isfinite(boxes[0]) & np.isfinite(boxes[1])).sum())
+        if whole >= _BOX_PX**2:
+            return _median_ratio(*boxes), whole * _BOX_PX**2
+    return shared_ratio(a[0], b[0])
+
+
 def shared_ratio(a: Tile, b: Tile) -> tuple[float, int]:
     """Median of a / b over the pixels that both tiles cover, and the number of those pixels.
 
@@ -509,13 +530,33 @@ def shared_ratio(a: Tile, b: Tile) -> tuple[float, int]:
     first, second = (np.where(both, _grey(image), np.float32(np.nan)) for _, image in parts)
     side = max(1, min(_BOX_PX, math.isqrt(count) // _BOX_PX))
     boxes = [_box_means(image, side) for image in (first, second)]
-    whole = np.isfinite(boxes[0]) & np.isfinite(boxes[1])
-    if whole.sum() < _MIN_SHARED:  # an overlap too thin to hold boxes
-        boxes, whole = [first, second], both
-    light = whole & np.logical_and.reduce([np.isfinite(values) & (values > 0) for values in boxes])
-    if 2 * light.sum() <= whole.sum():  # sky about zero: a ratio means nothing
-        return float("nan"), count
-    return _median(np.divide(boxes[0], boxes[1], where=light, out=boxes[0]), light), count
+    if (np.isfinite(boxes[0]) & np.isfinite(boxes[1])).sum() < _MIN_SHARED:  # an overlap too thin to hold boxes
+        boxes = [first, second]
+    return _median_ratio(*boxes), count
+
+
+def _median_ratio(first: FloatImage, second: FloatImage) -> float:
+    """Median of first / second where both are known; NaN where half of them or more is not above zero."""
+    known = np.isfinite(first) & np.isfinite(second)
+    light = known & (first > 0) & (second > 0)
+    if 2 * light.sum() <= known.sum():  # sky about zero: a ratio means nothing
+        return float("nan")
+    return _median(np.divide(first, second, where=light, out=np.zeros_like(first)), light)
+
+
+def _covered_boxes(tile: Tile) -> Boxes:
+    """Grey means of a canvas-wide grid of boxes, NaN unless the tile covers a box wholly, and their window in boxes."""
+    box = tile.window
+    y, x = -box.y0 % _BOX_PX, -box.x0 % _BOX_PX
+    ny, nx = (max(0, size - first) // _BOX_PX for size, first in zip(box.shape, (y, x), strict=True))
+    means = np.full((ny, nx), np.nan, np.float32)
+    for top in range(0, ny if nx else 0, _BOX_ROWS):
+        rows = slice(y + top * _BOX_PX, y + min(ny, top + _BOX_ROWS) * _BOX_PX)
+        part = rows, slice(x, x + nx * _BOX_PX)
+        grey = np.where(tile.coverage[part] > 0, _grey(tile.image[part]), np.float32(np.nan))
+        means[top : top + _BOX_ROWS] = _box_means(grey, _BOX_PX)
+    y0, x0 = (box.y0 + y) // _BOX_PX, (box.x0 + x) // _BOX_PX
+    return Window(y0, y0 + ny, x0, x0 + nx), means
 
 
 def _box_means(image: FloatImage, side: int) -> FloatImage:
@@ -589,8 +630,9 @@ def stack_megatiles(
     unit = [each * gain for each, gain in zip(noise, gains, strict=True)]
     sky32 = sky.astype(np.float32)
     return_freed_memory()  # of lots and gains: now comes the largest array of the run
-    image = np.full((*canvas.shape, channels), np.nan, np.float32)
-    coverage = np.zeros(canvas.shape, np.float32)
+    # The blocks fill them: to touch so many pages for the first time takes as long as a tenth of the stack.
+    image = np.empty((*canvas.shape, channels), np.float32)
+    coverage = np.empty(canvas.shape, np.float32)
     events.info("global_coadd_start", tiles=len(tiles), method=method)
     start = time.perf_counter()
 
@@ -601,6 +643,7 @@ def stack_megatiles(
             _layer(t, g, u, halo) for t, g, u in zip(tiles, gains, unit, strict=True) if halo.intersect(t.window).area
         ]
         if not layers:
+            image[block.slices], coverage[block.slices] = np.nan, 0
             return
         stack, sigma, weight = (np.stack([layer[k] for layer in layers], axis=1) for k in range(3))
         result, keep = combine(stack, sigma, weight, sky32, clip, use_median=method == "median")

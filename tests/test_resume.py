@@ -186,7 +186,7 @@ def test_other_master_frames_redo_everything(subs, out, tmp_path, master):
 
 
 def test_a_frame_with_other_pixels_is_measured_again(own_subs, tmp_path, monkeypatch):
-    monkeypatch.setattr(intake, "probe_aperture", lambda *_: Aperture())  # which follows the frames
+    monkeypatch.setattr(intake, "probe_aperture", lambda *_, **__: Aperture())  # which follows the frames
     out = tmp_path / "out"
     run(own_subs, out)
     path = sorted(own_subs.iterdir())[4]

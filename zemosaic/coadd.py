@@ -124,8 +124,8 @@ def coadd(
     if window is None:
         window = hull([sub.window for sub in subs])
     channels = len(sky)
-    image = np.full((*window.shape, channels), np.nan, np.float32)
-    coverage, share = np.zeros(window.shape, np.float32), np.zeros(window.shape, np.float32)
+    image = np.empty((*window.shape, channels), np.float32)  # the blocks fill it
+    coverage, share = np.empty(window.shape, np.float32), np.empty(window.shape, np.float32)
     used, rejected = np.zeros(len(subs), np.int64), np.zeros(len(subs), np.int64)
     sky32 = sky.astype(np.float32)
     even = similar_noise(subs) if even is None else even
@@ -136,18 +136,19 @@ def coadd(
         # One pixel more on every side: rejection looks at the brightest neighbour.
         halo = block.grow(1)
         stack, who = warp_stack(subs, crops, halo)
+        at = block.within(window)
         if not who:
+            image[at], coverage[at], share[at] = np.nan, 0, 0
             return None
         valid = complete(stack)
         sigma, weight = noise[who].T, weights[who].T
         result, keep = combine(stack, sigma, weight, sky32, clip, use_median=use_median, even=even, valid=valid)
         ys, xs = block.within(halo)
-        at = block.within(window)
         image[at] = result[ys, xs]
         coverage[at], share[at], taken, out = tally(valid[:, ys, xs], keep[:, ys, xs], weight.mean(axis=0))
         return who, taken, out
 
-    blocks = window.blocks(block_side(deepest([sub.window for sub in subs]), channels)) if subs else ()
+    blocks = window.blocks(block_side(deepest([sub.window for sub in subs]) if subs else 0, channels))
     for done in thread_map(work, blocks, workers):
         if done is None:
             continue

@@ -228,7 +228,7 @@ def measure_all(intake: Intake, calibration: Calibration, settings: Settings, wo
     old = intake.old_frames()
     if intake.carried is None:
         probes = _probes(intake)
-        aperture = results.aperture(probes, lambda: probe_aperture(probes, calibration))
+        aperture = results.aperture(probes, lambda: probe_aperture(probes, calibration, workers=workers))
     else:
         aperture = intake.carried.aperture
         zooms |= {frames[i].camera: zoom for i, zoom in zip(old, intake.carried.zooms.tolist(), strict=True)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from zemosaic.calibrate import Calibration, Repairs, prepare
+from zemosaic.execute import thread_map
 from zemosaic.frames import Frame, FrameError
 from zemosaic.robust import median
 from zemosaic.stars import (
@@ -148,13 +148,18 @@ def choose_aperture(frames: Sequence[Frame], calibration: Calibration, *, probes
     return probe_aperture(frames[:: max(1, len(frames) // probes)][:probes], calibration, probes=probes)
 
 
-def probe_aperture(order: Sequence[Frame], calibration: Calibration, *, probes: int = 7) -> Aperture:
+def probe_aperture(order: Sequence[Frame], calibration: Calibration, *, probes: int = 7, workers: int = 1) -> Aperture:
     """The same from the first few frames that show stars, however many of those before them show none."""
+
+    def width_of(frame: Frame) -> float:
+        try:
+            return measure_frame(frame, calibration, Aperture()).fwhm
+        except FrameError:  # it is named when its turn comes
+            return math.nan
+
     widths: list[float] = []
-    for frame in order[: 3 * probes]:
-        with contextlib.suppress(FrameError):  # it is named when its turn comes
-            width = measure_frame(frame, calibration, Aperture()).fwhm
-            widths += [width] if np.isfinite(width) else []
+    for width in thread_map(width_of, order[: 3 * probes], workers, ahead=workers):
+        widths += [width] if np.isfinite(width) else []
         if len(widths) == probes:
             break
     # In coarse steps, so that a frame more or less hardly ever changes what all are measured with.
