@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from zemosaic.execute import thread_map
 from zemosaic.report.evidence import Floats
 from zemosaic.report.surface import MosaicStars, Surface, robust_sigma
 from zemosaic.tiles import FloatImage
@@ -92,12 +93,12 @@ def find_holes(surface: Surface, most: int = 20) -> tuple[list[Hole], float]:
     return holes, 4.0 * float(area.sum(dtype=np.float64))
 
 
-def find_trails(surface: Surface, mosaic: MosaicStars) -> list[Trail]:
-    """Straight features longer than 100 px, the most significant first."""
+def find_trails(surface: Surface, mosaic: MosaicStars, workers: int = 1) -> list[Trail]:
+    """Straight features longer than 100 px, the most significant first, looked for on so many threads."""
     bins, unit = _star_free(surface, mosaic)
     clipped = np.clip(bins, -_CLIP, _CLIP)
     trails: list[Trail] = []
-    for a, b in _candidates(clipped):
+    for a, b in _candidates(clipped, workers):
         ends = _ends(clipped, *_fit(clipped, a, b))
         if ends is None:
             continue
@@ -138,15 +139,18 @@ def _star_free(surface: Surface, mosaic: MosaicStars) -> tuple[FloatImage, float
     return bins, sigma * surface.luminance_noise / pixel if pixel > 0 else float("nan")
 
 
-def _candidates(clipped: FloatImage) -> list[tuple[Floats, Floats]]:
+def _candidates(clipped: FloatImage, workers: int) -> list[tuple[Floats, Floats]]:
     """Lines that many bright bins lie on: both ends of their part in a tile, the most significant first."""
     bright = (np.nan_to_num(clipped) > _VOTE).astype(np.uint8)
-    found = []
-    for y, x in _tiles(*bright.shape):
+
+    def look(corner: tuple[int, int]) -> list[list[tuple[float, float]]]:
+        y, x = corner
         tile = np.ascontiguousarray(bright[y : y + _TILE, x : x + _TILE])
         lines = cv2.HoughLinesWithAccumulator(tile, 1, _ANGLE, _MIN_VOTES)
-        for rho, theta, _ in lines.reshape(-1, 3)[:_TILE_LINES] if lines is not None else ():
-            found.append(_chord(float(rho), float(theta), x, y, *tile.shape))
+        best = lines.reshape(-1, 3)[:_TILE_LINES] if lines is not None else ()
+        return [_chord(float(rho), float(theta), x, y, *tile.shape) for rho, theta, _ in best]
+
+    found = [line for lines in thread_map(look, _tiles(*bright.shape), workers) for line in lines]
     if not found:
         return []
     ends = np.array(found)  # (line, end, axis)
