@@ -375,12 +375,38 @@ def _kept(lot: Lot, made: Stack, store: ArrayStore, seconds: float) -> tuple[Til
 # --- gain renormalisation -----------------------------------------------------------------------------------
 
 
-def choose_reference(tiles: Sequence[Tile], rest: Callable[[], None] = lambda: None, workers: int = 1) -> int:
+@dataclass(frozen=True)
+class _Facts:
+    """What gains take from a mega-tile, so that its pixels are read once, however many others it meets.
+
+    Parameters
+    ----------
+    weight : float
+        Sum of its coverage.
+    median : float
+        Of its covered pixels, grey.
+    mask : tuple
+        `_coarse_mask`.
+    boxes : tuple
+        `_covered_boxes`.
+    """
+
+    weight: float
+    median: float
+    mask: tuple[Window, NDArray[np.bool_]]
+    boxes: Boxes
+
+
+def _facts(tile: Tile, step: int) -> _Facts:
+    weight = float(np.sum(tile.coverage, dtype=np.float64))
+    return _Facts(weight, _tile_median(tile), _coarse_mask(tile, step), _covered_boxes(tile))
+
+
+def choose_reference(windows: Sequence[Window], weights: Sequence[float]) -> int:
     """The mega-tile with the greatest coverage weight; without any coverage the central one, else the first."""
-    weights = np.array(_of_each(lambda t: float(np.sum(t.coverage, dtype=np.float64)), tiles, rest, workers))
-    if weights.max(initial=0.0) > 0:
+    if max(weights, default=0.0) > 0:
         return int(np.argmax(weights))
-    middles = np.array([[t.window.y0 + t.window.y1, t.window.x0 + t.window.x1] for t in tiles], float)
+    middles = np.array([[window.y0 + window.y1, window.x0 + window.x1] for window in windows], float)
     return int(np.argmin(np.linalg.norm(middles - np.median(middles, axis=0), axis=1)))
 
 
@@ -407,14 +433,16 @@ def renormalise_gains(
     Gains
         Finite and positive; what cannot be computed is 1 and listed.
     """
-    reference = choose_reference(tiles, rest, workers)
-    medians = _of_each(_tile_median, tiles, rest, workers)
+    step = 8 if min(min(tile.window.shape) for tile in tiles) > 64 else 1
+    facts = _of_each(partial(_facts, step=step), tiles, rest, workers)
+    reference = choose_reference([tile.window for tile in tiles], [each.weight for each in facts])
+    medians = [each.median for each in facts]
     with np.errstate(divide="ignore", invalid="ignore"):
         gains = np.float64(medians[reference]) / np.array(medians)
     solved = {reference}
     if scope == "shared":
         gains[reference] = 1.0
-        solved = _carry_gains(tiles, reference, gains, rest, workers)
+        solved = _carry_gains(tiles, facts, reference, gains, rest, workers)
     isolated = tuple(i for i in range(len(tiles)) if i not in solved) if scope == "shared" else ()
     gains[reference] = 1.0
     bad = ~(np.isfinite(gains) & (gains > 0))
@@ -434,12 +462,16 @@ def _of_each(
 
 
 def _carry_gains(
-    tiles: Sequence[Tile], reference: int, gains: NDArray[np.float64], rest: Callable[[], None], workers: int
+    tiles: Sequence[Tile],
+    facts: Sequence[_Facts],
+    reference: int,
+    gains: NDArray[np.float64],
+    rest: Callable[[], None],
+    workers: int,
 ) -> set[int]:
     """Fill in `gains` outwards from the reference through shared pixels; returns the tiles that were reached."""
-    step = 8 if min(min(tile.window.shape) for tile in tiles) > 64 else 1
-    shared = _shared_table(_of_each(partial(_coarse_mask, step=step), tiles, rest, workers))
-    boxes = _of_each(_covered_boxes, tiles, rest, workers)  # each tile is read once, however many others it meets
+    shared = _shared_table([each.mask for each in facts])
+    boxes = [each.boxes for each in facts]
     compared = _compared(tiles, boxes, reference, shared, rest, workers)
     waiting = np.ones(len(tiles), np.bool_)
     waiting[reference] = False

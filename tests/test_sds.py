@@ -373,18 +373,24 @@ def test_a_reference_without_a_usable_median_leaves_every_tile_as_it_is(value, s
     assert set(gains.replaced) >= {1, 2}
 
 
+def reference_of(tiles: Sequence[Tile]) -> int:
+    reference = choose_reference([tile.window for tile in tiles], [float(tile.coverage.sum()) for tile in tiles])
+    assert renormalise_gains(tiles, "shared").reference == reference
+    return reference
+
+
 def test_the_reference_has_the_greatest_coverage_weight():
     """Neither the largest tile nor the deepest pixel: the sum of the coverage counts."""
     large, deep = tile_at(Window(0, 100, 0, 100), SKY, 2), np.ones((60, 60))
     deep[:20] = 15
-    assert choose_reference([large, tile_at(Window(0, 60, 0, 60), SKY, deep)]) == 1
-    assert choose_reference([large, tile_at(Window(0, 60, 0, 60), SKY, 5)]) == 0
-    assert choose_reference([large, large, large]) == 0
+    assert reference_of([large, tile_at(Window(0, 60, 0, 60), SKY, deep)]) == 1
+    assert reference_of([large, tile_at(Window(0, 60, 0, 60), SKY, 5)]) == 0
+    assert reference_of([large, large, large]) == 0
 
 
 def test_without_coverage_the_central_tile_is_the_reference_or_else_the_first():
-    assert choose_reference([tile_at(box, SKY, 0) for box in STRIP[:3]]) == 1
-    assert choose_reference([tile_at(WHOLE, SKY, 0)] * 3) == 0
+    assert reference_of([tile_at(box, SKY, 0) for box in STRIP[:3]]) == 1
+    assert reference_of([tile_at(WHOLE, SKY, 0)] * 3) == 0
 
 
 def nebula(noise: float, seed: int) -> Tile:
@@ -409,6 +415,21 @@ def test_the_shared_ratio_is_that_of_the_common_pixels():
     assert shared_ratio(left, right) == (pytest.approx(10 / 7), 50 * 20)
     assert shared_ratio(right, left) == (pytest.approx(7 / 10), 50 * 20)
     assert shared_ratio(tile_at(STRIP[0], 1), tile_at(STRIP[2], 1))[1] == 0
+
+
+def test_large_tiles_are_compared_by_boxes_that_both_cover_wholly():
+    """Tiles at any offset meet in the canvas's grid of boxes; a box that is half covered does not count."""
+    rng = np.random.default_rng(11)
+    sky = SKY + 300 * rng.random((460, 460))
+    bare = np.ones((400, 400))
+    bare[100:117, 200:] = 0
+    one = sky[:400, :400].copy()
+    one[100:117, 200:] = 9e4  # where nothing counts
+    tiles = [tile_at(Window(0, 400, 0, 400), one, bare), tile_at(Window(39, 439, 27, 427), sky[39:439, 27:427] / 1.3)]
+    ratio, pixels = shared_ratio(*tiles)
+    assert ratio == pytest.approx(1.3, abs=1e-4) and pixels == 361 * 373 - 17 * 200
+    gains = renormalise_gains(tiles, "shared").gains  # the second is the reference: it is covered wholly
+    assert gains == pytest.approx((1 / 1.3, 1), abs=1e-4)
 
 
 def test_a_steep_nebula_under_two_thin_stacks_makes_no_gain():
