@@ -517,9 +517,10 @@ def _compared(
     found = {}
     each = list(zip(tiles, boxes, strict=True))
     ratios = thread_map(lambda pair: _ratio(each[pair[0]], each[pair[1]]), pairs, workers)
-    for (a, b), (ratio, pixels) in zip(pairs, ratios, strict=True):
+    for done, ((a, b), (ratio, pixels)) in enumerate(zip(pairs, ratios, strict=True), start=1):
         found[a, b], found[b, a] = (ratio, pixels), (1 / ratio, pixels)
-        rest()
+        if done % 32 == 0:  # few of them have looked at pixels
+            rest()
     return found
 
 

@@ -7,7 +7,7 @@ ever smaller radii, `Field.place_lost`, and `Field.adjust_all` again if that pla
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -55,6 +55,7 @@ _FEWEST_POOLED = 200  # detections that a distortion is fitted to, at least
 _SAME_SCALE = 0.03  # by how much the scales of one instrument may differ
 _ANY_SCALE = 2.5  # factor by which a scale may be wrong of which no other frame of the instrument tells
 _MOST_SUSPECTS = 40  # more groups of frames than that are no mistake but a scattered lot
+_PART = 1 << 15  # detections at a time
 _CONE = 5.0  # degrees around a frame within which catalogue stars are fetched for all frames at once
 
 
@@ -192,7 +193,12 @@ class Field:
 
     def directions(self, rows: Ints) -> Floats:
         """``(n, 3)`` directions of detections by the pointings as they are now."""
-        return self.now.sky(self.frame[rows], self.offset[rows], self._terms[rows])
+
+        def sky(part: slice) -> Floats:
+            own = rows[part]
+            return self.now.sky(self.frame[own], self.offset[own], self._terms[own])
+
+        return _by_parts(sky, len(rows))
 
     # ------------------------------------------------------------------------------------ who agrees
 
@@ -320,7 +326,7 @@ class Field:
         equations = self._equations(merged)
         for _ in range(3):
             weight = self._robust_weights(equations, own_moves(equations)[0])
-            equations = _weighted(equations, merged, weight, self.unit)
+            equations = self._weighted(equations, merged, weight)
         equations = self._without_noise(equations, merged)
         equations = replace(equations, width=self._widths(*own_moves(equations)))
         result = adjust(equations, self._free)
@@ -355,7 +361,7 @@ class Field:
             width=np.tile(_LOOSE, (self.frames, 1)),
             bent=self._bent,
         )
-        return _weighted(equations, merged, equations.weight, self.unit)
+        return self._weighted(equations, merged, equations.weight)
 
     def _without_noise(self, equations: Equations, merged: Merged) -> Equations:
         """The same equations as if every detection were where its star is.
@@ -372,13 +378,32 @@ class Field:
 
     def _design(self, frame: Ints, camera: Ints, offset: Floats) -> tuple[Floats, Floats]:
         """``(n, 3)`` places and ``(n, 9)`` distortion terms of offsets; 0 for the reference."""
-        terms = np.zeros((len(frame), self._terms.shape[1]))
-        for k, one in enumerate(self.now.cameras):
-            terms[camera == k] = one.terms(offset[camera == k])
-        place, own = np.zeros((len(frame), 3)), frame >= 0
-        place[own, 0] = 1
-        place[own, 1:] = self.now.plane(frame[own], offset[own], terms[own]) / self._half()[frame[own], None]
-        return place, terms
+        half, kinds = self._half(), self._terms.shape[1]
+
+        def design(part: slice) -> Floats:
+            own, where = frame[part], offset[part]
+            terms = np.zeros((len(own), kinds))
+            for k, one in enumerate(self.now.cameras):
+                rows = camera[part] == k
+                terms[rows] = one.terms(where[rows])
+            place, rows = np.zeros((len(own), 3)), own >= 0
+            place[rows, 0] = 1
+            place[rows, 1:] = self.now.plane(own[rows], where[rows], terms[rows]) / half[own[rows], None]
+            return np.concatenate([place, terms], axis=1)
+
+        both = _by_parts(design, len(frame))
+        return np.ascontiguousarray(both[:, :3]), np.ascontiguousarray(both[:, 3:])
+
+    def _weighted(self, equations: Equations, merged: Merged, weight: Floats) -> Equations:
+        """The same equations with other weights, and the common positions that follow from them."""
+        centre = normalised(means(merged.star, merged.direction, weight))
+        axes = tangent_axes(centre)
+
+        def miss(part: slice) -> Floats:
+            star = merged.star[part]
+            return np.einsum("nk,nak->na", centre[star] - merged.direction[part], axes[star]) / self.unit
+
+        return replace(equations, miss=_by_parts(miss, len(weight)), weight=weight)
 
     def _robust_weights(self, equations: Equations, move: Floats) -> Floats:
         """Weights from the scatter of every frame and of the reference; what is far off hardly counts."""
@@ -453,12 +478,10 @@ def _often_seen(centre: Floats, count: Ints) -> Bools:
     return often
 
 
-def _weighted(equations: Equations, merged: Merged, weight: Floats, unit: float) -> Equations:
-    """The same equations with other weights, and the common positions that follow from them."""
-    centre = normalised(means(merged.star, merged.direction, weight))
-    apart = centre[merged.star] - merged.direction
-    miss = np.einsum("nk,nak->na", apart, tangent_axes(centre)[merged.star]) / unit
-    return replace(equations, miss=miss, weight=weight)
+def _by_parts(work: Callable[[slice], Floats], rows: int) -> Floats:
+    """What `work` makes of all rows, a part at a time, so that what it needs besides stays in the cache."""
+    parts = [slice(first, first + _PART) for first in range(0, max(rows, 1), _PART)]
+    return np.concatenate([work(part) for part in parts])
 
 
 def _reference_stars(catalogue: ReferenceCatalogue, pointings: Pointings, turn: Floats) -> Floats:
