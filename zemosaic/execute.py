@@ -138,6 +138,7 @@ def elsewhere(
         return made
 
     with ProcessPoolExecutor(workers, timeout=_IDLE, initializer=_begin, initargs=(function,)) as pool:
+        pool.submit(int)  # so that they are all started, while the caller may have something else to do
         yield call
 
 

@@ -21,7 +21,7 @@ from zemosaic.canvas import Canvas, CanvasError, find_strays, pixel_scale, plan_
 from zemosaic.carry import Carried, shifted_map
 from zemosaic.coadd import Sub
 from zemosaic.events import Events
-from zemosaic.execute import elsewhere, memory_budget, thread_map
+from zemosaic.execute import elsewhere, memory_budget, processes, thread_map
 from zemosaic.frames import Camera, Frame, FrameError, find_files, read_frame
 from zemosaic.headers import printable
 from zemosaic.measure import FrameMeasure, measure_frame, probe_aperture
@@ -30,7 +30,7 @@ from zemosaic.resume import CHANGED, Results
 from zemosaic.settings import Settings
 from zemosaic.solve.embedded import SolveError
 from zemosaic.solve.hint import hint_of
-from zemosaic.solve.locate import Place, Places, locate
+from zemosaic.solve.locate import Place, Places, header_check, locate
 from zemosaic.stars import Aperture
 from zemosaic.warp import PixelMap, pixel_map
 
@@ -57,6 +57,8 @@ class Intake:
         What is kept of earlier runs, and for later ones.
     carried : Carried or None
         The state of the last run, if this one goes on from there.
+    said : dict
+        File → what its own WCS is worth, from `measure_all` on.
     aperture : Aperture
         Of the photometry, from `measure_all` on.
     zooms : dict
@@ -71,6 +73,7 @@ class Intake:
     stamps: dict[Path, Stamp] = field(default_factory=dict)
     results: Results = field(default_factory=Results)
     carried: Carried | None = None
+    said: dict[Path, Place] = field(default_factory=dict)
     aperture: Aperture = field(default_factory=Aperture)
     zooms: dict[Camera, float] = field(default_factory=dict)
 
@@ -216,7 +219,10 @@ def _unplaced(frame: Frame) -> str:
 
 
 def measure_all(intake: Intake, calibration: Calibration, settings: Settings, workers: int, events: Events) -> None:
-    """Find the stars and sample the sky of every frame; frames that cannot be read leave here."""
+    """Find the stars and sample the sky of every frame; frames that cannot be read leave here.
+
+    The WCS of each is held against its stars at once: that keeps this process busy while others measure.
+    """
     frames = intake.frames
     hot = settings.hot_pixel_sigma if settings.hot_pixel_correction else None
     results = intake.results
@@ -226,22 +232,29 @@ def measure_all(intake: Intake, calibration: Calibration, settings: Settings, wo
     scale = float(np.median(usual)) if usual else 1.0
     zooms = {kind: scale / own for kind, own in scales.items()}
     old = intake.old_frames()
-    if intake.carried is None:
-        probes = _probes(intake)
-        aperture = results.aperture(probes, lambda: probe_aperture(probes, calibration, workers=workers))
-    else:
-        aperture = intake.carried.aperture
-        zooms |= {frames[i].camera: zoom for i, zoom in zip(old, intake.carried.zooms.tolist(), strict=True)}
-    intake.aperture, intake.zooms = aperture, zooms
     reasons: list[str] = []
     measures: list[FrameMeasure] = []
     here = partial(measure_frame, calibration=calibration, hot_sigma=hot)
     budget = memory_budget(settings.memory_gb)
+    helpers = processes(workers, len(frames), budget)
     with elsewhere(here, workers, len(frames), budget) as measure:  # the star finder keeps the interpreter's lock
-        work = partial(
-            _measure, measure=measure, aperture=aperture, zooms=zooms, hot_sigma=hot, events=events, results=results
-        )
-        for i, found in enumerate(thread_map(work, frames, workers), start=1):
+        if intake.carried is None:
+            probes = _probes(intake)
+            aperture = results.aperture(probes, lambda: probe_aperture(probes, calibration, workers=workers))
+        else:
+            aperture = intake.carried.aperture
+            zooms |= {frames[i].camera: zoom for i, zoom in zip(old, intake.carried.zooms.tolist(), strict=True)}
+        intake.aperture, intake.zooms = aperture, zooms
+        check = header_check(settings)
+
+        def work(frame: Frame) -> FrameMeasure | str:
+            made = _measure(frame, measure, aperture, zooms, hot, events, results)
+            if check is not None and isinstance(made, FrameMeasure):
+                intake.said[frame.path] = check(frame, made)
+            return made
+
+        # One thread more than processes: while it takes in a result, none of them waits.
+        for i, found in enumerate(thread_map(work, frames, helpers + 1 if helpers else workers), start=1):
             if isinstance(found, FrameMeasure):
                 measures.append(found)
                 reasons.append("")
@@ -314,6 +327,7 @@ def locate_all(intake: Intake, settings: Settings, workers: int, events: Events)
             settings,
             events,
             workers=workers,
+            said=intake.said,
             recall=lambda frame, make: intake.results.place(frame, settings, make),
         )
     except SolveError as problem:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from zemosaic.apertures import half_light_radii, star_sums
+from zemosaic.execute import thread_map
 from zemosaic.kernels import cfa_cells
 from zemosaic.robust import median
 from zemosaic.tiles import FloatImage
@@ -55,7 +56,7 @@ class Plane:
     pixels_per_cell: int
 
 
-def colour_planes(pixels: FloatImage, bayer: str | None) -> list[Plane]:
+def colour_planes(pixels: FloatImage, bayer: str | None, workers: int = 1) -> list[Plane]:
     """Red, green, blue (or one grey) plane of a frame in 2x2 cells, each knowing where its light was sampled.
 
     Parameters
@@ -64,20 +65,26 @@ def colour_planes(pixels: FloatImage, bayer: str | None) -> list[Plane]:
         ``(ny, nx)`` CFA or mono, or ``(ny, nx, 3)``; float32.
     bayer : str or None
         CFA pattern of ``pixels``.
+    workers : int
+        Threads, for a large picture without a pattern.
     """
-    return cells_of(pixels, bayer).planes if bayer else _mean_planes(pixels)
+    return cells_of(pixels, bayer).planes if bayer else _mean_planes(pixels, workers)
 
 
-def _mean_planes(pixels: FloatImage) -> list[Plane]:
+def _mean_planes(pixels: FloatImage, workers: int) -> list[Plane]:
     ny, nx = pixels.shape[0] // 2 * 2, pixels.shape[1] // 2 * 2
     if not ny * nx:  # a single row has no cells, and OpenCV does not know arrays without pixels
         return [Plane(np.zeros((ny // 2, nx // 2), np.float32), 0.5, 0.5, 4) for _ in range(pixels[0, 0].size)]
     planes = [np.empty((ny // 2, nx // 2), np.float32) for _ in range(pixels[0, 0].size)]
-    for y in range(0, ny, _STRIP):  # no copy of the whole picture
+
+    def strip(y: int) -> None:
         rows = pixels[y : min(y + _STRIP, ny), :nx]
         mean = cv2.resize(rows, (nx // 2, len(rows) // 2), interpolation=cv2.INTER_AREA)
         for plane, colour in zip(planes, cv2.split(mean), strict=True):
             plane[y // 2 : y // 2 + len(colour)] = colour
+
+    for _ in thread_map(strip, range(0, ny, _STRIP), workers):  # no copy of the whole picture
+        pass
     return [Plane(plane, 0.5, 0.5, 4) for plane in planes]
 
 
@@ -110,7 +117,7 @@ def cells_of(pixels: FloatImage, bayer: str | None) -> Cells:
     # One colour after the other: along a short axis numpy is slow.
     brightest = functools.reduce(np.maximum, np.moveaxis(np.atleast_3d(pixels), 2, 0))
     cells = [brightest[y:ny:2, x:nx:2] for y in (0, 1) for x in (0, 1)]
-    planes = _mean_planes(pixels)
+    planes = _mean_planes(pixels, 1)
     luminance = sum(plane.data for plane in planes) / np.float32(len(planes))
     return Cells(planes, luminance, functools.reduce(np.maximum, cells))
 
@@ -353,12 +360,13 @@ def block_medians(planes: list[Plane], cells: int) -> FloatImage:
     out = np.empty((by, bx, len(planes)), np.float32)
     if not out.size:
         return out  # smaller than a box
-    for c, plane in enumerate(planes):
-        boxes = plane.data[: by * cells, : bx * cells].reshape(by, cells, bx, cells).transpose(0, 2, 1, 3)
+    rows = max(1, _STRIP // cells)  # of boxes at a time: what is sorted are copies
+    for c, i in itertools.product(range(len(planes)), range(0, by, rows)):
+        strip = planes[c].data[i * cells : min(i + rows, by) * cells, : bx * cells]
         # A vectorised sort, which puts NaN last, is five times as fast as a selection per box.
-        boxes = np.sort(boxes.reshape(by, bx, -1), axis=-1)
+        boxes = np.sort(strip.reshape(-1, cells, bx, cells).swapaxes(1, 2).reshape(-1, bx, cells**2), axis=-1)
         valid = boxes.shape[-1] - np.isnan(boxes).sum(axis=-1)
         middle = (np.maximum(valid - 1, 0) // 2, np.minimum(valid // 2, boxes.shape[-1] - 1))
         low, high = (np.take_along_axis(boxes, m[..., None], axis=-1)[..., 0] for m in middle)
-        out[..., c] = np.where(2 * valid >= boxes.shape[-1], (low + high) / 2, np.nan)
+        out[i : i + rows, :, c] = np.where(2 * valid >= boxes.shape[-1], (low + high) / 2, np.nan)
     return out

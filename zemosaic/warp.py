@@ -75,9 +75,9 @@ def _cells(positions: NDArray[np.int64], step: int, nodes: int) -> tuple[NDArray
 
 
 def pixel_map(
-    frame_wcs: WCS, frame_shape: tuple[int, int], canvas_wcs: WCS, window: Window, *, step: int = 32
+    frame_wcs: WCS, frame_shape: tuple[int, int], canvas_wcs: WCS, window: Window, *, step: int = 128
 ) -> PixelMap:
-    """Sparse exact map from a canvas window to a frame; the grid is refined until its error is below 0.01 px.
+    """Sparse exact map from a canvas window to a frame; the grid is refined until its error is below `MAP_TOLERANCE`.
 
     Parameters
     ----------

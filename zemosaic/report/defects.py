@@ -28,6 +28,7 @@ _VOTE = 2.5  # sigma of a bin from which it votes
 _MIN_VOTES = 9  # noise gives a line one or two votes; what it gives by chance, `_scores` and `_judge` turn down
 _TILE_LINES = 16  # best lines of a tile that are looked at
 _CHORD_POINTS = 96  # points along the part of a line inside a tile
+_LINES = 1000  # that are looked at together
 _MIN_SCORE = 4.0  # standard deviations by which that part must be brighter than its sides to be followed
 _MOST_LINES = 60
 _ANGLE = np.pi / 360  # step of the directions, rad
@@ -85,7 +86,7 @@ class Hole:
 def find_holes(surface: Surface, most: int = 20) -> tuple[list[Hole], float]:
     """The largest holes, and the area of all of them, px; to the nearest bin of 2x2 px."""
     empty = np.pad(~np.isfinite(surface.luminance), 1, constant_values=True)
-    _, label, facts, middle = cv2.connectedComponentsWithStats(empty.astype(np.uint8), connectivity=4)
+    _, label, facts, middle = cv2.connectedComponentsWithStats(empty.view(np.uint8), connectivity=4)
     area = facts[:, cv2.CC_STAT_AREA]
     area[[0, label[0, 0]]] = 0  # data, and what lies around them
     largest = [int(i) for i in np.argsort(-area, kind="stable")[:most] if area[i] > 0]
@@ -154,7 +155,8 @@ def _candidates(clipped: FloatImage, workers: int) -> list[tuple[Floats, Floats]
     if not found:
         return []
     ends = np.array(found)  # (line, end, axis)
-    score = _scores(clipped, ends)
+    parts = [ends[i : i + _LINES] for i in range(0, len(ends), _LINES)]
+    score = np.concatenate(list(thread_map(lambda part: _scores(clipped, part), parts, workers)))
     order = np.argsort(-score, kind="stable")[:_MOST_LINES]
     return [(ends[i, 0], ends[i, 1]) for i in order if score[i] > _MIN_SCORE]
 

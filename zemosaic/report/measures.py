@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zemosaic.execute import side_by_side
+from zemosaic.execute import return_freed_memory, side_by_side
 from zemosaic.report.astrometry import AstrometryFigures, measure_astrometry
 from zemosaic.report.defects import Hole, Trail, find_holes, find_trails
 from zemosaic.report.evidence import Evidence
@@ -53,10 +53,11 @@ def measure(evidence: Evidence, workers: int = 1) -> tuple[Surface, Measures]:
     surface = measure_surface(evidence, workers)
     if not np.isfinite(surface.sky).any():
         raise TooLittle("the picture holds hardly any data")
+    return_freed_memory()  # of the strips that the threads have worked on
     aperture = evidence.stars.aperture if evidence.stars is not None else float("nan")
     with side_by_side(workers) as start:
         found = start(measure_stars, evidence.image, aperture, surface.planes)  # the longest
-        seams = start(measure_seams, evidence, surface)
+        seams = start(measure_seams, evidence, surface, workers)
         levels = start(measure_levels, evidence, surface)
         noise = start(measure_noise, evidence, surface)
         gaps = start(find_holes, surface)

@@ -99,8 +99,15 @@ def binned_noise(surface: Surface) -> FloatImage:
 
     Cells of 8 px tell it, but for real structure, of which those of 4 px show far less.
     """
-    coarse = _scatter(surface, surface.sky, surface.free, CELL, (1, -2, 1))
-    fine = _scatter(surface, surface.fine, surface.fine_free, CELL // 2, (1, -4, 6, -4, 1))
+    # One colour after the other, for the memory.
+    colours = [slice(c, c + 1) for c in range(surface.channels)]
+    coarse, fine = (
+        np.concatenate([_scatter(surface, cells[..., c], free, side, weights) for c in colours], axis=-1)
+        for cells, free, side, weights in (
+            (surface.sky, surface.free, CELL, (1, -2, 1)),
+            (surface.fine, surface.fine_free, CELL // 2, (1, -4, 6, -4, 1)),
+        )
+    )
     most = _MOST_GROWTH[surface.channels] * fine
     return np.asarray(np.where(np.isnan(fine), coarse, np.minimum(coarse, most)), np.float32)
 

@@ -30,8 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from zemosaic.execute import thread_map
 from zemosaic.report.evidence import SIDE_POINTS, Evidence, Floats, Ints
-from zemosaic.report.surface import CELL, Surface, nan_median
+from zemosaic.report.surface import CELL, CellMap, Surface, nan_median
 from zemosaic.tiles import FloatImage, Window
 
 REACH = (8.0, 16.0)  # px from a line at which the sky on either side is read: a cell's width clear of it
@@ -48,7 +49,7 @@ _SHARP_LINES = (-2, 0, 2)  # lines that the sharper statistic is made for
 _SAMPLES = 8  # points along a piece of border, of cells
 _FINE_SAMPLES = 16  # of fine cells
 _MAX_PIECES = 20_000
-_BATCH = 4000  # pieces that are measured at a time, for the memory
+_BATCH = 500  # pieces that are measured at a time, for the memory
 _MIN_STEP = 0.05  # share by which the coverage must change for a border to be seen in it
 _MARGIN = 3.0  # standard errors of a percentile that are put down to chance
 _ROUNDS = 5  # of the fit of the variance, which weights itself
@@ -165,11 +166,11 @@ class SeamFigures:
     map: FloatImage
 
 
-def measure_seams(evidence: Evidence, surface: Surface) -> SeamFigures:
-    """Steps at all borders that are known, and between neighbouring blocks everywhere."""
+def measure_seams(evidence: Evidence, surface: Surface, workers: int = 1) -> SeamFigures:
+    """Steps at all borders that are known, and between neighbouring blocks everywhere, on so many threads."""
     borders = frame_borders(evidence) if evidence.frames is not None else coverage_borders(surface)
     noise = surface.noise_at(borders.x, borders.y)
-    own, control = border_steps(surface, borders)
+    own, control = border_steps(surface, borders, workers)
     own, control = own.over(noise), control.over(np.concatenate([noise, noise]))
     control, good = control.take(control.known), own.known
     borders, own, noise = borders.take(good), own.take(good), noise[good]
@@ -266,14 +267,19 @@ class Steps:
         return np.asarray(np.isfinite(self.size + self.curve).all(axis=1))
 
 
-def border_steps(surface: Surface, borders: Borders) -> tuple[Steps, Steps]:
+def border_steps(surface: Surface, borders: Borders, workers: int = 1) -> tuple[Steps, Steps]:
     """Steps at every piece of border, m of them, and at its control lines, 2 m; ADU."""
     near = _NEAR[bool((borders.frame >= 0).all())]
     parts = [borders.take(np.arange(i, min(i + _BATCH, len(borders)))) for i in range(0, len(borders), _BATCH)]
     none = np.zeros((0, len(_LINES), 2, surface.channels), np.float32)
-    step = np.concatenate([none, *(_differences(surface, part) for part in parts)])
-    sharp = [_sharp(surface, part, near) for part in parts]
-    edge, curve = (np.concatenate([none[:, :3], *(s[k] for s in sharp)]) for k in (0, 1))
+    sky, close = surface.sky_map(), surface.sky_map(fine=near < CELL)
+
+    def look(part: Borders) -> tuple[NDArray, NDArray, NDArray]:
+        return _differences(sky, part), *_sharp(close, part, near)
+
+    found = list(thread_map(look, parts, workers))
+    step = np.concatenate([none, *(made[0] for made in found)])
+    edge, curve = (np.concatenate([none[:, :3], *(made[k] for made in found)]) for k in (1, 2))
     at = {int(k): i for i, k in enumerate(_LINES)}
 
     def steps(line: int, controls: tuple[int, ...]) -> Steps:
@@ -293,27 +299,29 @@ def _agreed(first: NDArray, second: NDArray) -> Floats:
     return np.asarray(np.where(first * second < 0, 0.0, np.sign(first) * size), float)
 
 
-def _differences(surface: Surface, borders: Borders) -> NDArray:
+def _differences(sky_map: CellMap, borders: Borders) -> NDArray:
     """D(k) of the module's formulae for both halves of every piece, ``(m, lines, 2, C)``."""
-    sky = _beside(surface, borders, _LINES, REACH)
+    sky = _beside(sky_map, borders, _LINES, REACH)
     apart = np.moveaxis(sky[:, 1] - sky[:, 0], 2, -2)  # (piece, line, half, channel, reach, sample)
     return nan_median(apart.reshape(*apart.shape[:4], -1), 0.4)
 
 
-def _sharp(surface: Surface, borders: Borders, near: float) -> tuple[NDArray, NDArray]:
+def _sharp(sky_map: CellMap, borders: Borders, near: float) -> tuple[NDArray, NDArray]:
     """S at `_SHARP_LINES` of the module's formulae, and the curvature beside them, ``(m, 3, 2, C)`` each."""
     reach = (near, 2 * near, 3 * near)
-    sky = _beside(surface, borders, np.array(_SHARP_LINES), reach, fine=near < CELL)
-    edge = np.tensordot(np.array(_SHARP, np.float32), nan_median(sky[:, 1] - sky[:, 0], 0.4), (0, 2))
-    bend = np.tensordot(np.array(_CURVE, np.float32), nan_median(sky, 0.4), (0, 3))
-    return edge, np.abs(bend).max(axis=1)
+    sky = _beside(sky_map, borders, np.array(_SHARP_LINES), reach)
+    edge = _combined(_SHARP, nan_median(sky[:, 1] - sky[:, 0], 0.4), 2)
+    return edge, np.abs(_combined(_CURVE, nan_median(sky, 0.4), 3)).max(axis=1)
 
 
-def _beside(
-    surface: Surface, borders: Borders, lines: NDArray, reach: tuple[float, ...], fine: bool = False
-) -> NDArray:
+def _combined(factors: tuple[float, ...], values: NDArray, axis: int) -> NDArray:
+    """Sum over an axis; a library's product would round as the place in memory has it."""
+    return sum(np.float32(f) * value for f, value in zip(factors, np.moveaxis(values, axis, 0), strict=True))
+
+
+def _beside(sky_map: CellMap, borders: Borders, lines: NDArray, reach: tuple[float, ...]) -> NDArray:
     """The sky outside and inside of all lines: ``(piece, side, line, reach, half, channel, sample)``."""
-    samples = _FINE_SAMPLES if fine else _SAMPLES
+    samples = _SAMPLES if sky_map.side == CELL else _FINE_SAMPLES
     along = (np.arange(samples) + 0.5) / samples - 0.5
     side = np.array([-1.0, 1.0])[:, None, None] * np.array(reach)[None, None, :] + (lines * SPACING)[None, :, None]
     # (piece, side, line, reach, sample)
@@ -322,8 +330,8 @@ def _beside(
     nx, ny = (n[:, None, None, None, None] for n in (borders.nx, borders.ny))
     x = borders.x[:, None, None, None, None] + d * nx - t * ny
     y = borders.y[:, None, None, None, None] + d * ny + t * nx
-    sky = surface.sky_at(x, y, fine)
-    return np.moveaxis(sky.reshape(len(borders), 2, len(lines), len(reach), 2, -1, surface.channels), -1, -2)
+    sky = sky_map.at(x, y)
+    return np.moveaxis(sky.reshape(len(borders), 2, len(lines), len(reach), 2, -1, sky.shape[-1]), -1, -2)
 
 
 def _chances(control: Steps, own: Steps, shares: list[float]) -> list[Floats]:

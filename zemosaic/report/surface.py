@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import cv2
 import numpy as np
@@ -37,6 +38,8 @@ _RING = (1.45, 1.6, 1.75, 1.9)  # radii there, of the aperture's
 _MEDIAN_NOISE = 1.25  # of a median over that of a mean
 _CORE, _CORES = 1.8, 1200  # times the typical FWHM; stars
 _STEP = 4  # rows between those that the pixel noise is taken from
+_SPARSE = 7  # 2x2 bins between the rows that the noise of the bins is taken from
+_ROWS = 64 * _SPARSE  # 2x2 bins that are worked on at a time: whole cells
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,9 @@ class Surface:
         j = np.clip((np.asarray(x) // self.region).astype(int), 0, rx - 1)
         return self.noise[i, j].astype(float)
 
-    def sky_at(self, x: Floats, y: Floats, fine: bool = False) -> FloatImage:
-        """``(..., C)`` sky interpolated between the middles of (fine) cells; NaN where there is hardly any."""
-        if fine:
-            return sample_cells(self.fine, self.fine_free, x, y, CELL // 2)
-        return sample_cells(self.sky, self.free, x, y)
+    def sky_map(self, fine: bool = False) -> CellMap:
+        """The sky to be looked up between the middles of (fine) cells."""
+        return CellMap(self.fine, self.fine_free, CELL // 2) if fine else CellMap(self.sky, self.free)
 
     def regions(self, cells: FloatImage, side: tuple[int, int] = (CELL, CELL)) -> FloatImage:
         """Cells ``(h, w, ...)`` sorted by region: ``(ry, rx, cells of a region, ...)``, NaN where there are none.
@@ -157,38 +158,60 @@ class MosaicStars:
 
 def measure_surface(evidence: Evidence, workers: int = 1) -> Surface:
     """Mask the sources, average what is left in cells, and measure the noise of the pixels, on so many threads."""
-    image = evidence.image
-    cells = colour_planes(image, None)
-    planes = [plane.data for plane in cells]
-    grey = _mean(planes)
-    there = np.isfinite(grey)
-    level, scatter = _background(grey)
-    free = (there & ~_sources(grey, scatter)).astype(np.float32)
-    valid = _cell_means(there.astype(np.float32))
-    h, w = valid.shape
+    planes = colour_planes(evidence.image, None, workers)
+    colours = [plane.data for plane in planes]
+    grey = _mean(colours)
+    background, scatter = _background(grey)
+    masked = _sources(grey, scatter, workers)
+    h, w = (size // CELL for size in evidence.shape)
+    fine, fine_free = np.empty((2 * h, 2 * w, len(colours)), np.float32), np.empty((2 * h, 2 * w), np.float32)
+    sky, free = np.empty((h, w, len(colours)), np.float32), np.empty((h, w), np.float32)
+    valid, coverage = np.empty((h, w), np.float32), np.empty((h, w), np.float32)
 
-    def free_light(plane: FloatImage) -> FloatImage:
-        return _cell_means(np.where(free > 0, plane, np.float32(0)), _HALVES // 2)[: 2 * h, : 2 * w]
+    def average(rows: slice) -> None:
+        """Whole cells from some rows of bins; what is left over at the far edges is dropped."""
+        there = np.isfinite(grey[rows])
+        open_ = (there & ~masked[rows]).astype(np.float32)
+        light = [_cell_means(np.where(open_ > 0, colour[rows], np.float32(0)), _HALVES // 2) for colour in colours]
+        top, bottom = rows.start // _HALVES, rows.stop // _HALVES
+        part = slice(2 * top, 2 * bottom)
+        light = [each[: 2 * (bottom - top), : 2 * w] for each in light]
+        fine_free[part] = _cell_means(open_, _HALVES // 2)[: 2 * (bottom - top), : 2 * w]
+        fine[part] = _means(np.stack(light, axis=-1), fine_free[part])
+        part = slice(top, bottom)
+        free[part] = _cell_means(fine_free[2 * top : 2 * bottom], 2)
+        sky[part] = _means(np.stack([_cell_means(each, 2) for each in light], axis=-1), free[part])
+        valid[part] = _cell_means(there.astype(np.float32))
+        if evidence.coverage is not None:
+            pixels = evidence.coverage[2 * rows.start : 2 * rows.stop, : 2 * there.shape[1]]
+            bins = np.asarray(cv2.resize(pixels, there.shape[::-1], interpolation=cv2.INTER_AREA), np.float32)
+            bins[~there] = 0
+            with np.errstate(invalid="ignore", divide="ignore"):
+                coverage[part] = _cell_means(bins) / valid[part]
 
-    light = list(thread_map(free_light, planes, workers))
-    fine, fine_free = _means(np.stack(light, axis=-1), _cell_means(free, _HALVES // 2)[: 2 * h, : 2 * w])
-    sky, share = _means(np.stack([_cell_means(p, 2) for p in light], axis=-1), _cell_means(fine_free, 2))
-    coverage = None
-    if evidence.coverage is not None:
-        ny, nx = (size // 2 * 2 for size in evidence.shape)
-        half = nx // 2, ny // 2
-        bins = np.asarray(cv2.resize(evidence.coverage[:ny, :nx], half, interpolation=cv2.INTER_AREA), np.float32)
-        bins[~there] = 0
-        with np.errstate(invalid="ignore", divide="ignore"):
-            coverage = _cell_means(bins) / valid
-        del bins
+    for _ in thread_map(average, _strips(len(grey)), workers):
+        pass
     region = 64 * max(1, math.ceil(max(evidence.shape) / (64 * MAX_MAP)))
-    channels = np.moveaxis(np.atleast_3d(image), 2, 0)
+    channels = np.moveaxis(np.atleast_3d(evidence.image), 2, 0)
     noise = np.stack(list(thread_map(lambda c: _noise_map(c, region), channels, workers)), axis=-1)
-    unit = float(np.median(scatter[there][::97])) if there.any() else math.nan
-    luminance = np.subtract(grey, level, out=grey)
-    luminance /= scatter
-    return Surface(evidence.shape, sky, share, fine, fine_free, valid, coverage, region, noise, luminance, unit, cells)
+    units = scatter[np.isfinite(grey)][::97]
+    if background is not None:
+        background.subfrom(grey)
+    luminance = np.divide(grey, scatter, out=grey)
+    return Surface(
+        shape=evidence.shape,
+        sky=sky,
+        free=free,
+        fine=fine,
+        fine_free=fine_free,
+        valid=valid,
+        coverage=coverage if evidence.coverage is not None else None,
+        region=region,
+        noise=noise,
+        luminance=luminance,
+        luminance_noise=float(np.median(units)) if len(units) else math.nan,
+        planes=planes,
+    )
 
 
 def _mean(planes: list[FloatImage]) -> FloatImage:
@@ -270,8 +293,9 @@ def _unevenness(luminance: FloatImage, stars: Stars, radius: float) -> Floats:
     return np.asarray(np.nan_to_num(np.sqrt(np.maximum(bent, 0)), nan=np.inf) * math.pi * radius**2)
 
 
-def sample_cells(values: FloatImage, weight: FloatImage, x: Floats, y: Floats, side: int = CELL) -> FloatImage:
-    """Weighted bilinear interpolation of a map of cells at pixel positions of any shape.
+@dataclass(frozen=True)
+class CellMap:
+    """A map of cells that can be looked up anywhere, by weighted bilinear interpolation.
 
     Parameters
     ----------
@@ -279,83 +303,139 @@ def sample_cells(values: FloatImage, weight: FloatImage, x: Floats, y: Floats, s
         ``(h, w, C)``, NaN where unknown; C up to 3.
     weight : ndarray
         ``(h, w)`` what each cell counts: a neighbour full of stars leaves the sky to the other three.
-    x, y : ndarray
-        Mosaic pixels.
     side : int
         Of a cell, px.
-
-    Returns
-    -------
-    ndarray
-        ``(..., C)`` float32; NaN outside, and where less than a third of the weight is there.
     """
-    known: NDArray[np.bool_] = np.isfinite(values.sum(axis=2))
-    share = np.where(known, weight, np.float32(0))[..., None]
-    planes = np.concatenate([np.where(known[..., None], values, np.float32(0)) * share, share], axis=2)
-    u, v = (((np.asarray(p) + 0.5) / side - 0.5).astype(np.float32) for p in (x, y))
-    rows = 16384  # OpenCV takes images below 32768 px only
-    count = -(-u.size // rows)
-    across, down = (np.resize(p.ravel(), count * rows).reshape(count, rows) for p in (u, v))
-    source = np.ascontiguousarray(planes, np.float32)
-    found = cv2.remap(source, across, down, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
-    out = np.asarray(found, np.float32).reshape(-1, planes.shape[2])[: u.size].reshape(*u.shape, planes.shape[2])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(out[..., -1:] > _MIN_WEIGHT, out[..., :-1] / out[..., -1:], np.float32(np.nan))
+
+    values: FloatImage
+    weight: FloatImage
+    side: int = CELL
+
+    @cached_property
+    def _source(self) -> FloatImage:
+        """``(h, w, C + 1)`` float32: what is interpolated, values times weight and weight."""
+        known: NDArray[np.bool_] = np.isfinite(self.values.sum(axis=2))
+        share = np.where(known, self.weight, np.float32(0))[..., None]
+        planes = [np.where(known[..., None], self.values, np.float32(0)) * share, share]
+        return np.ascontiguousarray(np.concatenate(planes, axis=2), np.float32)
+
+    def at(self, x: Floats, y: Floats) -> FloatImage:
+        """The map at mosaic pixels of any shape.
+
+        Returns
+        -------
+        ndarray
+            ``(..., C)`` float32; NaN outside, and where less than a third of the weight is there.
+        """
+        u, v = (((np.asarray(p) + 0.5) / self.side - 0.5).astype(np.float32) for p in (x, y))
+        rows = 16384  # OpenCV takes images below 32768 px only
+        count = -(-u.size // rows)
+        across, down = (np.resize(p.ravel(), count * rows).reshape(count, rows) for p in (u, v))
+        found = cv2.remap(self._source, across, down, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+        channels = self._source.shape[2]
+        out = np.asarray(found, np.float32).reshape(-1, channels)[: u.size].reshape(*u.shape, channels)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(out[..., -1:] > _MIN_WEIGHT, out[..., :-1] / out[..., -1:], np.float32(np.nan))
 
 
-def _background(grey: FloatImage) -> tuple[FloatImage, FloatImage]:
-    """Local background and its noise, ADU, of the 2x2 bins."""
+def _background(grey: FloatImage) -> tuple[sep.Background | None, FloatImage]:
+    """Local background of the 2x2 bins, None where there are none, and its noise, ADU."""
     missing = ~np.isfinite(grey)
     if missing.all():
-        return np.zeros_like(grey), np.ones_like(grey)
-    image = np.where(missing, np.float32(0), grey)
-    background = sep.Background(image, mask=missing, bw=_MESH, bh=_MESH)
-    scatter = np.maximum(background.rms(), np.float32(1e-3 * background.globalrms + 1e-30))
-    return background.back(), scatter
+        return None, np.ones_like(grey)
+    background = sep.Background(np.where(missing, np.float32(0), grey), mask=missing, bw=_MESH, bh=_MESH)
+    scatter = background.rms()
+    return background, np.maximum(scatter, np.float32(1e-3 * background.globalrms + 1e-30), out=scatter)
 
 
-def _sources(grey: FloatImage, scatter: FloatImage) -> NDArray[np.bool_]:
+def _sources(grey: FloatImage, scatter: FloatImage, workers: int) -> NDArray[np.bool_]:
     """Bins that hold light of sources; at most half of the picture, in a field of nothing but stars.
 
     A source is what a morphological opening takes away: light narrower than `_OPENING`. That leaves slopes, and steps
     of any height, as they are; against a mesh of background levels a seam would be a source on its bright side.
     """
-    there = np.isfinite(grey)
-    if not there.any():
-        return np.zeros(grey.shape, bool)
-    # In place where it can be: these are pictures of a quarter of the mosaic's pixels.
-    smooth = np.asarray(cv2.blur(np.where(there, grey, np.float32(0)), (3, 3)), np.float32)
-    smooth /= np.maximum(cv2.blur(there.astype(np.float32), (3, 3)), np.float32(1e-6))
-    # Bins four apart share no pixel of the smoothing; their difference is blind to slopes. One row in seven will do.
-    step = 7 if there[::7].any() else 1
-    rows, known = smooth[::step], there[::step]
-    apart = np.abs((rows[:, 4:] - rows[:, :-4]) / scatter[::step, 4:])[known[:, 4:] & known[:, :-4]]
-    sigma = 1.4826 / math.sqrt(2) * median(apart) if apart.size else 0.0
+    strips = _strips(len(grey))
+    excess = np.empty_like(grey)
+    # One row in seven tells the noise as well as all.
+    step = _SPARSE if np.isfinite(grey[::_SPARSE]).any() else 1
+    apart = list(thread_map(lambda rows: _stand_out(grey, scatter, rows, step, excess), strips, workers))
+    differences = np.concatenate([np.zeros(0, np.float32), *apart])
+    sigma = 1.4826 / math.sqrt(2) * median(differences) if differences.size else 0.0
     threshold = _MASK_SIGMA * max(sigma, 1e-6)
+    some = excess[::step]
+    some = some[np.isfinite(some)]
+    middle = median(some) if some.size else 0.0
+    mask = np.zeros(grey.shape, bool)
+    for factor in 2.0 ** np.arange(6):
+        hide = partial(_with_halo, excess, middle, factor * threshold, mask)
+        there, hidden = np.sum(list(thread_map(hide, strips, workers)), axis=0)
+        if hidden <= 0.5 * there:
+            break
+    return mask
+
+
+def _strips(height: int) -> list[slice]:
+    return [slice(y, min(y + _ROWS, height)) for y in range(0, height, _ROWS)]
+
+
+def _around(rows: slice, reach: int, height: int) -> tuple[slice, slice]:
+    """The same rows with up to `reach` more on either side, and where they are among those."""
+    first = max(rows.start - reach, 0)
+    return slice(first, min(rows.stop + reach, height)), slice(rows.start - first, rows.stop - first)
+
+
+def _stand_out(grey: FloatImage, scatter: FloatImage, rows: slice, step: int, out: FloatImage) -> FloatImage:
+    """Some rows of what is narrower than `_OPENING`, in units of the noise, NaN = no data, into the same rows of `out`.
+
+    Returns
+    -------
+    ndarray
+        ``(n,)`` differences of bins four apart in every `step`-th row, of the same unit: they share no pixel of the
+        smoothing, and are blind to slopes.
+    """
+    wide, inner = _around(rows, _OPENING + 1, len(grey))
+    part, unit = grey[wide], scatter[wide]
+    there = np.isfinite(part)
+    smooth = np.asarray(cv2.blur(np.where(there, part, np.float32(0)), (3, 3)), np.float32)
+    smooth /= np.maximum(cv2.blur(there.astype(np.float32), (3, 3)), np.float32(1e-6))
+    some, known = smooth[inner][::step], there[inner][::step]
+    apart = np.abs((some[:, 4:] - some[:, :-4]) / unit[inner][::step, 4:])[known[:, 4:] & known[:, :-4]]
     top = np.float32(np.finfo(np.float32).max)
     square = np.ones((_OPENING, _OPENING), np.uint8)
     low = np.asarray(cv2.erode(np.where(there, smooth, top), square), np.float32)
     low[low == top] = -top
-    excess = np.subtract(smooth, cv2.dilate(low, square), out=smooth)
-    del low
-    excess /= scatter
-    middle = median(excess[::step][known])
-    for _ in range(6):
-        mask = np.zeros(grey.shape, bool)
-        for factor, radius in _HALO:
-            disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
-            bright = ((excess - middle > factor * threshold) & there).astype(np.uint8)
-            mask |= np.asarray(cv2.dilate(bright, disc)) > 0
-        if mask[there].mean() <= 0.5:
-            break
-        threshold *= 2
-    return mask
+    smooth -= cv2.dilate(low, square)
+    smooth /= unit
+    smooth[~there] = np.nan
+    out[rows] = smooth[inner]
+    return apart
 
 
-def _means(light: FloatImage, share: FloatImage) -> tuple[FloatImage, FloatImage]:
+def _with_halo(
+    excess: FloatImage, middle: float, threshold: float, out: NDArray[np.bool_], rows: slice
+) -> tuple[int, int]:
+    """Some rows of the sources and of the light around them into the same rows of `out`.
+
+    Returns
+    -------
+    tuple of int
+        Bins with data there, and those of them that are hidden.
+    """
+    wide, inner = _around(rows, _HALO[-1][1], len(excess))
+    bright = excess[wide] - np.float32(middle)
+    mask = np.zeros(bright.shape, bool)
+    for factor, radius in _HALO:
+        disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+        mask |= np.asarray(cv2.dilate((bright > factor * threshold).astype(np.uint8), disc)) > 0
+    out[rows] = mask[inner]
+    there = np.isfinite(bright[inner])
+    return int(there.sum()), int((there & mask[inner]).sum())
+
+
+def _means(light: FloatImage, share: FloatImage) -> FloatImage:
     """Light ``(h, w, C)`` of cells over the share ``(h, w)`` of them that is free, NaN where that is too little."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(share[..., None] >= _MIN_SHARE, light / share[..., None], np.float32(np.nan)), share
+        return np.where(share[..., None] >= _MIN_SHARE, light / share[..., None], np.float32(np.nan))
 
 
 def _cell_means(bins: FloatImage, side: int = _HALVES) -> FloatImage:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -86,6 +87,7 @@ def locate(
     events: Events,
     *,
     workers: int = 1,
+    said: Mapping[Path, Place] | None = None,
     recall: Callable[[Frame, Callable[[], Place]], Place] = lambda _, make: make(),
 ) -> Places:
     """Find, check and refine the WCS of all frames of a run.
@@ -102,6 +104,8 @@ def locate(
         Hears of the progress.
     workers : int
         Threads.
+    said : mapping, optional
+        File → what `header_check` has said of its WCS, as far as that was asked before.
     recall : callable
         Gets a frame and what solves it; returns an earlier solution of the same frame, or makes it.
 
@@ -116,7 +120,7 @@ def locate(
     if settings.solver_method not in ("auto", order[0]):
         events.warning("run_warn_solver_missing", wanted=settings.solver_method, used=order[0])
     catalogue = load_catalogue()
-    places = _believed(frames, measures, catalogue, settings, events, workers)
+    places = _believed(frames, measures, said or {}, settings, events, workers)
     todo = [i for i, place in enumerate(places) if place.wcs is None or place.reason]
     if todo:
         solved = _Solving(frames, measures, catalogue, order, settings, events, workers, recall).all_of(todo, places)
@@ -134,26 +138,40 @@ def _missing(frame: Frame) -> str:
     return frame.wcs_problem or "it has no WCS"
 
 
-def _believed(
-    frames: Sequence[Frame],
-    measures: Sequence[FrameMeasure],
-    catalogue: Catalogue,
-    settings: Settings,
-    events: Events,
-    workers: int,
-) -> list[Place]:
-    """What headers and sidecars say, with a reason where the stars speak against it."""
+def header_check(settings: Settings) -> Callable[[Frame, FrameMeasure], Place] | None:
+    """What tells, of one frame, its own WCS, with a reason where its stars speak against it; None if nobody asks."""
+    if not solver_order(settings):
+        return None
+    catalogue = load_catalogue()
 
-    def check(pair: tuple[Frame, FrameMeasure]) -> Place:
-        events.check_stop()
-        frame, stars = pair[0], pair[1].stars
+    def check(frame: Frame, measure: FrameMeasure) -> Place:
+        stars = measure.stars
         if frame.wcs is None or settings.force_resolve_existing_wcs:
             return Place(None, None, reason=_missing(frame))
         found = verify(frame.wcs, stars.x, stars.y, stars.flux, frame.shape, catalogue)
         why = "its WCS does not fit its stars" if found.state == "wrong" else ""
         return Place(frame.wcs, frame.wcs_source, found.state == "good", found.rms, found.matched, why)
 
-    return list(thread_map(check, list(zip(frames, measures, strict=True)), workers))
+    return check
+
+
+def _believed(
+    frames: Sequence[Frame],
+    measures: Sequence[FrameMeasure],
+    said: Mapping[Path, Place],
+    settings: Settings,
+    events: Events,
+    workers: int,
+) -> list[Place]:
+    """What headers and sidecars say."""
+    check = header_check(settings)
+    assert check is not None
+
+    def one(pair: tuple[Frame, FrameMeasure]) -> Place:
+        events.check_stop()
+        return said.get(pair[0].path) or check(*pair)
+
+    return list(thread_map(one, list(zip(frames, measures, strict=True)), workers))
 
 
 @dataclass(frozen=True)
