@@ -168,6 +168,7 @@ def run_hierarchical_mosaic(
                 live = LivePreview(hidden, job.canvas.shape, events, preview_settings(settings))
                 job = replace(job, live=live)
             route, made, failures = run_routes(routes, job)
+            return_freed_memory()  # of the route: what is saved needs room, too
             tell_kept(cache, events)
             events.check_stop()
             events.phase(9, "save")

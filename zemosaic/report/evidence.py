@@ -7,6 +7,7 @@ takes it from a run that has just ended; `zemosaic.report.check` builds the same
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -32,6 +33,7 @@ Ints = NDArray[np.int64]
 
 SIDE_POINTS = 8  # points along each side of a frame that draw its outline
 _NODE_BLOCKS = 2  # spacing of the sky nodes, in blocks of the frames' sky measures
+_MOST_SAMPLES = 400_000  # of sky, of all frames: from so many on, the nodes are farther apart
 _PANEL_SHARE = 0.25  # of a frame's diagonal: frames whose centres lie nearer make one group where no lots are known
 
 
@@ -389,7 +391,8 @@ def _star_facts(wcs: WCS, seen: Sequence[SeenFrame], gain: Floats) -> StarFacts:
 def _sky_facts(wcs: WCS, seen: Sequence[SeenFrame], gain: Floats, photometry: Photometry, canvas: Canvas) -> SkyFacts:
     """Block medians of every frame at nodes of the canvas, brought to the common sky as the coadd does it."""
     block_px = int(np.median([s.measure.block_px for s in seen]))
-    spacing = _NODE_BLOCKS * block_px
+    many = sum(s.pixel_map.window.area for s in seen) / (_NODE_BLOCKS * block_px) ** 2
+    spacing = _NODE_BLOCKS * block_px * math.ceil(math.sqrt(many / _MOST_SAMPLES))
     # An autocrop moves the reference pixel by whole pixels.
     dx, dy = np.rint(wcs.wcs.crpix - canvas.wcs.wcs.crpix)
     parts: list[Mapping[str, NDArray]] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -55,19 +55,21 @@ def measure(evidence: Evidence, workers: int = 1) -> tuple[Surface, Measures]:
         raise TooLittle("the picture holds hardly any data")
     return_freed_memory()  # of the strips that the threads have worked on
     aperture = evidence.stars.aperture if evidence.stars is not None else float("nan")
+    bare = replace(surface, planes=[])  # a third of all that is held here, and only two need it
     with side_by_side(workers) as start:
         found = start(measure_stars, evidence.image, aperture, surface.planes)  # the longest
-        seams = start(measure_seams, evidence, surface, workers)
+        seams = start(measure_seams, evidence, bare, workers)
         levels = start(measure_levels, evidence, surface)
-        noise = start(measure_noise, evidence, surface)
-        gaps = start(find_holes, surface)
+        noise = start(measure_noise, evidence, bare)
+        gaps = start(find_holes, bare)
+        del surface
         stars = found.result()
-        trails = start(find_trails, surface, stars, workers)
+        trails = start(find_trails, bare, stars, workers)
         matched = match_stars(evidence, stars)
         photometry = start(measure_photometry, evidence, stars, matched)
         astrometry = start(measure_astrometry, evidence, stars, matched)
         holes, area = gaps.result()
-        return surface, Measures(
+        return bare, Measures(
             seams=seams.result(),
             levels=levels.result(),
             photometry=photometry.result(),
@@ -76,5 +78,5 @@ def measure(evidence: Evidence, workers: int = 1) -> tuple[Surface, Measures]:
             sharpness=measure_sharpness(evidence, stars),
             trails=tuple(trails.result()),
             holes=tuple(holes),
-            hole_ppm=1e6 * area / max(1.0, float(surface.valid.sum()) * CELL**2),
+            hole_ppm=1e6 * area / max(1.0, float(bare.valid.sum()) * CELL**2),
         )
