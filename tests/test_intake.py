@@ -54,6 +54,8 @@ def test_measured_in_processes_or_here_is_the_same(field, monkeypatch):
         assert list(first) == list(second)
         for name in first:
             np.testing.assert_array_equal(first[name], second[name])
+    assert list(alone.said) == [frame.path for frame in alone.frames] and set(spread.said) == set(alone.said)
+    assert [alone.said[path].matched for path in alone.said] == [spread.said[path].matched for path in alone.said]
 
 
 def with_pixels(frame: Frame, folder: Path, pixels: np.ndarray) -> Frame:

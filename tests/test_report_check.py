@@ -38,9 +38,9 @@ def runs(field: FieldTruth, tmp_path_factory: pytest.TempPathFactory):
     lots = [field.paths[:PANEL], field.paths[PANEL:]]
     made: dict[tuple, tuple[Evidence, Path]] = {}
 
-    def run(gain: float = 1.0, sky: float = 0.0) -> tuple[Evidence, Path]:
-        if (gain, sky) in made:
-            return made[gain, sky]
+    def run(gain: float = 1.0, sky: float = 0.0, most: int = 400_000) -> tuple[Evidence, Path]:
+        if (gain, sky, most) in made:
+            return made[gain, sky, most]
         seen: list[Evidence] = []
         match, books = zemosaic_worker.steps.match, zemosaic_worker.write_ledger
 
@@ -64,12 +64,13 @@ def runs(field: FieldTruth, tmp_path_factory: pytest.TempPathFactory):
         settings = Settings(num_processing_workers=1, blur_filter=False, report=False)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(zemosaic_worker.steps, "match", faulty)
+            patch.setattr("zemosaic.report.evidence._MOST_SAMPLES", most)
             patch.setattr(zemosaic_worker, "write_ledger", listen)
             result = zemosaic_worker.run_hierarchical_mosaic(
                 field.paths[0].parent, out, settings, sds=True, preplan_path_groups=lots
             )
-        made[gain, sky] = seen[0], result.product
-        return made[gain, sky]
+        made[gain, sky, most] = seen[0], result.product
+        return made[gain, sky, most]
 
     return run
 
@@ -104,6 +105,15 @@ def test_evidence_of_a_run_agrees_with_the_truth(runs, field: FieldTruth):
     assert np.median(np.abs(sky.value[:, 1] - node[sky.node])) < 4
     matching = (sky.x >= 0) & (sky.x < evidence.shape[1]) & (sky.y >= 0) & (sky.y < evidence.shape[0])
     assert matching.mean() > 0.9
+
+
+def test_many_frames_compare_their_skies_at_fewer_places(runs):
+    all_of, some = runs(sky=5.0)[0].sky, runs(sky=5.0, most=400)[0].sky
+    assert 150 < len(some.node) <= 400 < len(all_of.node)
+    places = {(x, y): tuple(value) for x, y, value in zip(all_of.x, all_of.y, all_of.value, strict=True)}
+    assert {(x, y) for x, y in zip(some.x, some.y, strict=True)} <= places.keys()
+    verdict = judge(runs(sky=5.0, most=400)[0])
+    assert verdict.figure("lot_sky").value == pytest.approx(judge(runs(sky=5.0)[0]).figure("lot_sky").value, rel=0.2)
 
 
 def test_run_without_fault_has_none(runs):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from report_field import NOISE, Fault, blank, invent, line, measured
 
+import zemosaic.report.surface as surface_module
 from zemosaic.report.defects import find_holes, find_trails
 from zemosaic.report.evidence import Evidence
 from zemosaic.report.noise import binned_noise, expected_noise, measure_noise
@@ -19,6 +20,21 @@ from zemosaic.report.surface import measure_surface, nan_median
 @pytest.fixture(scope="module")
 def good() -> Evidence:
     return invent()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_picture_may_be_looked_at_in_strips(workers: int, monkeypatch: pytest.MonkeyPatch):
+    """Of any height, whatever lies on the lines between them; the picture is no whole number of anything."""
+    made = invent()
+    image, coverage = made.image[:-3, :-5].copy(), made.coverage[:-3, :-5]
+    image[150:260, 200:300] = np.nan
+    evidence = Evidence(image, coverage)
+    whole = measure_surface(evidence)
+    monkeypatch.setattr(surface_module, "_ROWS", 28)
+    strips = measure_surface(evidence, workers)
+    for name in ("sky", "free", "fine", "fine_free", "valid", "coverage", "noise", "luminance", "luminance_noise"):
+        np.testing.assert_array_equal(getattr(strips, name), getattr(whole, name), err_msg=name)
+    assert 0.02 < 1 - whole.free.sum() / whole.valid.sum() < 0.5  # some stars are masked
 
 
 def trails(image: np.ndarray):

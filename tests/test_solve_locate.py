@@ -24,7 +24,7 @@ from zemosaic.measure import FrameMeasure
 from zemosaic.settings import Settings
 from zemosaic.solve.catalogue import load_catalogue
 from zemosaic.solve.embedded import SolveError
-from zemosaic.solve.locate import Places, locate
+from zemosaic.solve.locate import Places, header_check, locate
 from zemosaic.solve.placement import brightest_first
 from zemosaic.solve.siblings import Sibling, place_among
 from zemosaic.stars import Stars
@@ -202,6 +202,27 @@ def test_earlier_solutions_are_used_again():
     for one, other in zip(first.frames, again.frames, strict=True):
         assert one.wcs is not None and other.wcs is not None
         np.testing.assert_array_equal(one.wcs.wcs.cd, other.wcs.wcs.cd)
+
+
+def test_what_was_said_of_headers_before_is_not_asked_again(monkeypatch):
+    stars = night()
+    claims = [one.wcs for one in stars]
+    claims[2] = moved(stars[2].wcs, arcmin=2.0)
+    frames = [frame_of(i, CAMERA.shape, claim, tuple(claim.wcs.crval)) for i, claim in enumerate(claims)]  # type: ignore[arg-type]
+    measures = [measure_of(one) for one in stars]
+    check = header_check(EMBEDDED)
+    said = {frame.path: check(frame, measure) for frame, measure in zip(frames, measures, strict=True)}
+    assert [bool(place.reason) for place in said.values()] == [i == 2 for i in range(len(stars))]
+    asked = locate(frames, measures, EMBEDDED, Events())
+    del frames[0], measures[0]  # one that was left out meanwhile
+    monkeypatch.setattr("zemosaic.solve.locate.header_check", lambda settings: lambda *_: pytest.fail("asked again"))
+    told = locate(frames, measures, EMBEDDED, Events(), said=said)
+    assert [place.source for place in told.frames] == [place.source for place in asked.frames[1:]]
+    assert [place.source for place in told.frames].count("header") == len(stars) - 2
+
+
+def test_nobody_asks_headers_where_nobody_solves():
+    assert header_check(Settings(solver_method="none")) is None
 
 
 # --- siblings -------------------------------------------------------------------------------------------------
