@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ Result = TypeVar("Result")
 PROCESS_BYTES = 300 << 20  # of a process with the libraries and one frame
 PROCESS_SECONDS = 1.1  # of processor time until it has loaded them
 
-_WORTH = 200  # calls from which it pays to start processes
+_WORTH = 150  # calls from which it pays to start processes
 _PROCESS_SHARE = 0.5  # of the memory of the run, that they may take
 _MEMORY_SHARE = 0.6  # of the free memory, for a run without a limit
 _IDLE = 20.0  # s after which a process ends that is asked for nothing, as when this one was killed
@@ -95,18 +96,19 @@ def return_freed_memory() -> None:
 
 
 def processes(workers: int, calls: int, budget: int) -> int:
-    """How many processes `elsewhere` starts for so many calls: as many as workers, or none."""
-    fits = workers * PROCESS_BYTES <= _PROCESS_SHARE * budget
-    return workers if workers > 1 and calls >= _WORTH and fits else 0
+    """How many processes `elsewhere` starts for so many calls: one fewer than workers, or none."""
+    fits = (workers - 1) * PROCESS_BYTES <= _PROCESS_SHARE * budget
+    return workers - 1 if calls >= _WORTH and fits else 0
 
 
 @contextmanager
 def elsewhere(
     function: Callable[..., Result], workers: int, calls: int, budget: int
 ) -> Iterator[Callable[..., Result]]:
-    """A function that is called in other processes, where that pays: for what keeps the interpreter's lock.
+    """A function that is called in other processes, too, where that pays: for what keeps the interpreter's lock.
 
-    Each thread that calls it waits for its own result, so that `thread_map` keeps all processes busy.
+    Each thread that calls it waits for its own result; one at a time does the work itself, so that nothing waits for
+    the processes to start. With one thread more than `workers`, none of them waits while a result is taken in.
 
     Parameters
     ----------
@@ -125,19 +127,27 @@ def elsewhere(
     callable
         The same function, or a stand-in for it.
     """
-    if not processes(workers, calls, budget):
+    helpers = processes(workers, calls, budget)
+    if not helpers:
         yield function
         return
     from loky import ProcessPoolExecutor  # needs no ``if __name__ == "__main__"`` in the user's script
 
+    here = threading.Lock()
+
     def call(*args: Any, **named: Any) -> Result:
+        if here.acquire(blocking=False):
+            try:
+                return function(*args, **named)
+            finally:
+                here.release()
         try:
             made: Result = pool.submit(_call, *args, **named).result()
         except BrokenExecutor:  # a process was killed, as the system does where memory is short: then here
             return function(*args, **named)
         return made
 
-    with ProcessPoolExecutor(workers, timeout=_IDLE, initializer=_begin, initargs=(function,)) as pool:
+    with ProcessPoolExecutor(helpers, timeout=_IDLE, initializer=_begin, initargs=(function,)) as pool:
         pool.submit(int)  # so that they are all started, while the caller may have something else to do
         yield call
 

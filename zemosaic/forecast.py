@@ -199,7 +199,8 @@ def _measured_elsewhere(here: Cost, helpers: int) -> Cost:
 
     The frames that choose the aperture are few where there are processes.
     """
-    return Cost(here.cpu + helpers * PROCESS_SECONDS, min(here.wall, here.cpu / helpers) + PROCESS_SECONDS)
+    cpu = here.cpu + helpers * PROCESS_SECONDS
+    return Cost(cpu, min(here.wall, cpu / (helpers + 1)))
 
 
 def match_time(probe: Probe, frames: int) -> Cost:

@@ -253,8 +253,7 @@ def measure_all(intake: Intake, calibration: Calibration, settings: Settings, wo
                 intake.said[frame.path] = check(frame, made)
             return made
 
-        # One thread more than processes: while it takes in a result, none of them waits.
-        for i, found in enumerate(thread_map(work, frames, helpers + 1 if helpers else workers), start=1):
+        for i, found in enumerate(thread_map(work, frames, workers + bool(helpers)), start=1):
             if isinstance(found, FrameMeasure):
                 measures.append(found)
                 reasons.append("")
