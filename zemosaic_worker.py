@@ -30,7 +30,7 @@ from zemosaic.canvas import CanvasError
 from zemosaic.cluster import cluster_frames
 from zemosaic.coadd import Sub
 from zemosaic.events import Cancelled, Event, Events, render
-from zemosaic.execute import memory_budget, one_thread_each, return_freed_memory, worker_count
+from zemosaic.execute import memory_budget, one_thread_each, return_freed_memory, side_by_side, worker_count
 from zemosaic.frames import Frame, FrameError
 from zemosaic.intake import Intake
 from zemosaic.job import Job, Outcome, RouteResult
@@ -39,7 +39,7 @@ from zemosaic.live import LivePreview
 from zemosaic.mastertile import read_master_tile, save_master_tile
 from zemosaic.photometry import Photometry
 from zemosaic.preview import PreviewSettings
-from zemosaic.product import ProductError, save_product
+from zemosaic.product import ProductError, ProductFacts, ProductPaths, save_product
 from zemosaic.report.chronicle import Chronicle
 from zemosaic.report.evidence import Evidence, evidence_of_run
 from zemosaic.resume import Results
@@ -174,22 +174,13 @@ def run_hierarchical_mosaic(
             events.phase(9, "save")
             ledger = write_ledger(intake, job, made)
             facts = product_facts(job, route, made, failures)
-            paths = save_product(
-                output_folder,
-                settings.output_name or facts.object or "mosaic",
-                made.mosaic,
-                facts=facts,
-                ledger=ledger,
-                tiles=made.tiles,
-                settings_text=settings_toml(settings),
-                preview=preview_settings(settings),
-                workers=job.workers,
-            )
+            paths, evidence = save(job, intake, made, facts, ledger)
             keep_state(job, intake, made, route)
-            evidence = gather_evidence(job, intake, made) if settings.report else None
             del job, intake  # all that is in memory of every frame, and grows with their number
             return_freed_memory()
-            if evidence is not None:
+            # Who wants the end gets it: there is a whole product, and `zemosaic check` can judge it later.
+            if evidence is not None and not events.stopped:
+                events.phase(10, "report")
                 with no_report_at_worst(events):
                     from zemosaic.report.mosaic import report_mosaic  # not at the start of every run
 
@@ -615,16 +606,32 @@ def routes_for(settings: Settings, sds: bool | None) -> list[str]:
     return order if (settings.sds_mode_default if sds is None else sds) else order[-1:]
 
 
+def save(
+    job: Job, intake: Intake, made: RouteResult, facts: ProductFacts, ledger: Ledger
+) -> tuple[ProductPaths, Evidence | None]:
+    """Write the product, and gather meanwhile what its report is to be made of."""
+    settings = job.settings
+    with side_by_side(job.workers) as start:
+        evidence = start(gather_evidence, job, intake, made)
+        paths = save_product(
+            job.output_folder,
+            settings.output_name or facts.object or "mosaic",
+            made.mosaic,
+            facts=facts,
+            ledger=ledger,
+            tiles=made.tiles,
+            settings_text=settings_toml(settings),
+            preview=preview_settings(settings),
+            workers=job.workers,
+        )
+        return paths, evidence.result()
+
+
 def gather_evidence(job: Job, intake: Intake, made: RouteResult) -> Evidence | None:
-    """What the report is to be made of; None where it is not wanted any more, or cannot be had."""
-    events = job.events
-    try:
-        events.check_stop()
-    except Cancelled:
-        return None  # who wants the end gets it: there is a whole product, and `zemosaic check` can judge it later
-    events.phase(10, "report")
-    with no_report_at_worst(events):
-        return evidence_of_run(job, intake, made)
+    """What the report is to be made of; None where it is not wanted, or cannot be had."""
+    if job.settings.report:
+        with no_report_at_worst(job.events):
+            return evidence_of_run(job, intake, made)
     return None
 
 

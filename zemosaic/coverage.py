@@ -214,7 +214,7 @@ def two_pass_renorm(
     if not 0 < gain_clip[0] <= 1 <= gain_clip[1]:
         raise ValueError(f"The gain limits must enclose 1, not {gain_clip}.")
     depth, level = _block_logs(mosaic, workers)
-    stats = _border_slope(depth, level)
+    stats = _border_slope(depth, level, workers)
     if stats.significance < MIN_SIGNIFICANCE or stats.step < MIN_STEP:
         return mosaic, stats
     known = np.isfinite(depth)
@@ -257,7 +257,7 @@ def _block_logs(mosaic: Mosaic, workers: int) -> tuple[NDArray[np.float64], NDAr
     return np.array([depth for depth, _ in rows]), np.array([level for _, level in rows])
 
 
-def _border_slope(depth: NDArray[np.float64], level: NDArray[np.float64]) -> RenormStats:
+def _border_slope(depth: NDArray[np.float64], level: NDArray[np.float64], workers: int) -> RenormStats:
     """Slope of the third differences of `level` on those of `depth`, against displaced control borders."""
     if min(depth.shape, default=0) < 8:
         return RenormStats()
@@ -265,7 +265,8 @@ def _border_slope(depth: NDArray[np.float64], level: NDArray[np.float64]) -> Ren
     borders = [np.nonzero(np.abs(depths) > MIN_BORDER) for depths, _ in lines]
     steps = np.concatenate([depths[at] for (depths, _), at in zip(lines, borders, strict=True)])
 
-    def slope(dy: int, dx: int) -> float:
+    def slope(move: tuple[int, int]) -> float:
+        dy, dx = move
         moved = [
             levels[(at[0] + dy) % levels.shape[0], (at[1] + dx) % levels.shape[1]]
             for (_, levels), at in zip(lines, borders, strict=True)
@@ -273,8 +274,9 @@ def _border_slope(depth: NDArray[np.float64], level: NDArray[np.float64]) -> Ren
         return _robust_slope(steps, np.concatenate(moved))
 
     far = max(4, min(depth.shape) // 6)
-    own = slope(0, 0)
-    controls = np.array([slope(j * far, i * far) for j in range(-2, 3) for i in range(-2, 3) if j or i])
+    moves = [(0, 0), *((j * far, i * far) for j in range(-2, 3) for i in range(-2, 3) if j or i)]
+    own, *others = thread_map(slope, moves, workers)
+    controls = np.array(others)
     controls = controls[np.isfinite(controls)]
     if not np.isfinite(own) or controls.size < 8:
         return RenormStats()

@@ -152,9 +152,14 @@ class Events:
             if rate:
                 self._say("eta", "eta", {"stage": stage, "eta": _clock((total - current) / rate)})
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the run has been asked to stop."""
+        return self._stop_requested is not None and self._stop_requested()
+
     def check_stop(self) -> None:
         """Raise `Cancelled` if the run has been asked to stop; to be called between units of work."""
-        if self._stop_requested is not None and self._stop_requested():
+        if self.stopped:
             raise Cancelled(render("run_warn_cancelled", {}, self.language))
 
     def _say(self, kind: Kind, key: str, values: dict[str, Any]) -> None:
