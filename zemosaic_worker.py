@@ -611,8 +611,10 @@ def save(
 ) -> tuple[ProductPaths, Evidence | None]:
     """Write the product, and gather meanwhile what its report is to be made of."""
     settings = job.settings
+    # A WCS is no thing for two threads at a time.
+    seen = replace(made, mosaic=replace(made.mosaic, wcs=made.mosaic.wcs.deepcopy()))
     with side_by_side(job.workers) as start:
-        evidence = start(gather_evidence, job, intake, made)
+        evidence = start(gather_evidence, job, intake, seen)
         paths = save_product(
             job.output_folder,
             settings.output_name or facts.object or "mosaic",

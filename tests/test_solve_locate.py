@@ -221,8 +221,16 @@ def test_what_was_said_of_headers_before_is_not_asked_again(monkeypatch):
     assert [place.source for place in told.frames].count("header") == len(stars) - 2
 
 
-def test_nobody_asks_headers_where_nobody_solves():
+def test_nobody_asks_headers_where_nobody_solves(monkeypatch):
     assert header_check(Settings(solver_method="none")) is None
+
+    def missing(settings):
+        raise SolveError("ASTAP is not installed")
+
+    monkeypatch.setattr("zemosaic.solve.locate.solver_order", missing)
+    assert header_check(EMBEDDED) is None
+    with pytest.raises(SolveError, match="not installed"):
+        locate([], [], EMBEDDED, Events())
 
 
 # --- siblings -------------------------------------------------------------------------------------------------

@@ -171,12 +171,12 @@ def measure_surface(evidence: Evidence, workers: int = 1) -> Surface:
     def average(rows: slice) -> None:
         """Whole cells from some rows of bins; what is left over at the far edges is dropped."""
         there = np.isfinite(grey[rows])
-        open_ = (there & ~masked[rows]).astype(np.float32)
-        light = [_cell_means(np.where(open_ > 0, colour[rows], np.float32(0)), _HALVES // 2) for colour in colours]
+        own_free = (there & ~masked[rows]).astype(np.float32)
+        light = [_cell_means(np.where(own_free > 0, colour[rows], np.float32(0)), _HALVES // 2) for colour in colours]
         top, bottom = rows.start // _HALVES, rows.stop // _HALVES
         part = slice(2 * top, 2 * bottom)
         light = [each[: 2 * (bottom - top), : 2 * w] for each in light]
-        fine_free[part] = _cell_means(open_, _HALVES // 2)[: 2 * (bottom - top), : 2 * w]
+        fine_free[part] = _cell_means(own_free, _HALVES // 2)[: 2 * (bottom - top), : 2 * w]
         fine[part] = _means(np.stack(light, axis=-1), fine_free[part])
         part = slice(top, bottom)
         free[part] = _cell_means(fine_free[2 * top : 2 * bottom], 2)

@@ -139,8 +139,14 @@ def _missing(frame: Frame) -> str:
 
 
 def header_check(settings: Settings) -> Callable[[Frame, FrameMeasure], Place] | None:
-    """What tells, of one frame, its own WCS, with a reason where its stars speak against it; None if nobody asks."""
-    if not solver_order(settings):
+    """What tells, of one frame, its own WCS, with a reason where its stars speak against it; None if nobody asks.
+
+    Nor where the solver that was chosen is missing: that is for `locate` to say.
+    """
+    try:
+        if not solver_order(settings):
+            return None
+    except SolveError:
         return None
     catalogue = load_catalogue()
 
