@@ -56,7 +56,8 @@ _SAME_SCALE = 0.03  # by how much the scales of one instrument may differ
 _ANY_SCALE = 2.5  # factor by which a scale may be wrong of which no other frame of the instrument tells
 _MOST_SUSPECTS = 40  # more groups of frames than that are no mistake but a scattered lot
 _PART = 1 << 15  # detections at a time
-_MOST_STARS = 200  # of a frame, the brightest; more cost time, and it agrees with the others no better
+_MOST_STARS = 200_000  # of all frames: from so many on, only the brightest of each count
+_ENOUGH_STARS = 200  # of a frame: they place it to 0.014 px, 400 to 0.010
 _CONE = 5.0  # degrees around a frame within which catalogue stars are fetched for all frames at once
 
 
@@ -174,12 +175,13 @@ class Field:
     def _list_detections(self) -> None:
         """The brightest finite detections of all frames in columns."""
         frame, offset, flux, terms = [], [], [], []
+        most = max(_ENOUGH_STARS, _MOST_STARS // max(1, self.frames))
         for f, o in enumerate(self.observations):
             camera = self.given.cameras[self.given.camera[f]]
             xy = np.stack([o.x, o.y], axis=1).astype(np.float64)
             light = np.nan_to_num(np.asarray(o.flux, np.float64))
             good = np.flatnonzero(np.isfinite(xy).all(axis=1))
-            good = np.sort(good[np.argsort(-light[good], kind="stable")[:_MOST_STARS]])
+            good = np.sort(good[np.argsort(-light[good], kind="stable")[:most]])
             frame.append(np.full(len(good), f))
             offset.append(xy[good] - camera.centre)
             flux.append(light[good])
