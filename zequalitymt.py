@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from zemosaic.calibrate import Calibration
-from zemosaic.execute import elsewhere, memory_budget, one_thread_each, processes, thread_map, worker_count
+from zemosaic.execute import elsewhere, memory_budget, one_thread_each, thread_map, worker_count
 from zemosaic.frames import Frame, FrameError, find_files, read_frame
 from zemosaic.measure import FrameMeasure, choose_aperture, measure_frame
 from zemosaic.night import CLEAR, compare, needed, nights
@@ -510,8 +510,7 @@ def _measure_files(inputs: Sequence[Path], workers: int) -> tuple[list[Frame], l
     aperture = choose_aperture(frames, Calibration()) if frames else Aperture()
     here = partial(measure_frame, calibration=Calibration(), aperture=aperture)
     budget = memory_budget()
-    with elsewhere(here, workers, len(frames), budget) as measure:
-        threads = workers + bool(processes(workers, len(frames), budget))
+    with elsewhere(here, workers, len(frames), budget) as (measure, threads):
         measures = list(thread_map(partial(attempt, measure), frames, threads))
     there = [(f, m) for f, m in zip(frames, measures, strict=True) if m]
     return [f for f, _ in there], [m for _, m in there], sorted(problems)

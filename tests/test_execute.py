@@ -208,8 +208,8 @@ def worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("worth_it")
 def test_many_calls_are_made_here_and_in_other_processes_and_come_back_in_order():
-    with elsewhere(partial(where, offset=100), 2, 8, ROOM) as call:
-        made = list(thread_map(call, range(8), 3))
+    with elsewhere(partial(where, offset=100), 2, 8, ROOM) as (call, threads):
+        made = list(thread_map(call, range(8), threads))
     assert [value for value, _ in made] == list(range(100, 108))
     assert len({process for _, process in made}) == 2 and os.getpid() in {process for _, process in made}
 
@@ -217,14 +217,14 @@ def test_many_calls_are_made_here_and_in_other_processes_and_come_back_in_order(
 @pytest.mark.usefixtures("worth_it")
 @pytest.mark.parametrize(("workers", "calls", "budget"), [(1, 8, ROOM), (2, 4, ROOM), (2, 8, PROCESS_BYTES)])
 def test_few_calls_one_worker_or_little_memory_stay_in_this_process(workers, calls, budget):
-    with elsewhere(refuse, workers, calls, budget) as call:
+    with elsewhere(refuse, workers, calls, budget) as (call, _):
         assert call is refuse
 
 
 @pytest.mark.usefixtures("worth_it")
 def test_what_a_call_raises_there_is_raised_here():
     with (
-        elsewhere(refuse, 2, 8, ROOM) as call,
+        elsewhere(refuse, 2, 8, ROOM) as (call, _),
         pytest.raises(FrameError, match="number 3 is no good") as caught,
     ):
         call(3)
@@ -233,13 +233,13 @@ def test_what_a_call_raises_there_is_raised_here():
 
 @pytest.mark.usefixtures("worth_it")
 def test_where_processes_are_killed_the_work_is_done_here():
-    with elsewhere(partial(die_away_from, os.getpid()), 2, 8, ROOM) as call:
+    with elsewhere(partial(die_away_from, os.getpid()), 2, 8, ROOM) as (call, _):
         assert list(thread_map(call, range(8), 3)) == [-i for i in range(8)]
 
 
 @pytest.mark.usefixtures("worth_it")
 def test_every_process_keeps_to_one_thread():
-    with elsewhere(pinned, 2, 8, ROOM) as call:
+    with elsewhere(pinned, 2, 8, ROOM) as (call, _):
         made = [threads for process, *threads in thread_map(call, range(8), 3) if process != os.getpid()]
     assert made and made == [[1, {1}]] * len(made)
 

@@ -104,11 +104,11 @@ def processes(workers: int, calls: int, budget: int) -> int:
 @contextmanager
 def elsewhere(
     function: Callable[..., Result], workers: int, calls: int, budget: int
-) -> Iterator[Callable[..., Result]]:
+) -> Iterator[tuple[Callable[..., Result], int]]:
     """A function that is called in other processes, too, where that pays: for what keeps the interpreter's lock.
 
     Each thread that calls it waits for its own result; one at a time does the work itself, so that nothing waits for
-    the processes to start. With one thread more than `workers`, none of them waits while a result is taken in.
+    the processes to start.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def elsewhere(
         Together with what is bound to it, it is sent once; its arguments and results, or what it raises, with each
         call. All must be picklable.
     workers : int
-        Processes.
+        Of the run; how many of them are `processes` depends on the rest.
     calls : int
         How many are to be expected.
     budget : int
@@ -126,10 +126,13 @@ def elsewhere(
     ------
     callable
         The same function, or a stand-in for it.
+    int
+        On how many threads to call it: one more than workers if there are processes, so that none of those waits
+        while a result is taken in.
     """
     helpers = processes(workers, calls, budget)
     if not helpers:
-        yield function
+        yield function, workers
         return
     from loky import ProcessPoolExecutor  # needs no ``if __name__ == "__main__"`` in the user's script
 
@@ -149,7 +152,7 @@ def elsewhere(
 
     with ProcessPoolExecutor(helpers, timeout=_IDLE, initializer=_begin, initargs=(function,)) as pool:
         pool.submit(int)  # so that they are all started, while the caller may have something else to do
-        yield call
+        yield call, workers + 1
 
 
 def _begin(function: Callable[..., Any]) -> None:

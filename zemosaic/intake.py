@@ -21,7 +21,7 @@ from zemosaic.canvas import Canvas, CanvasError, find_strays, pixel_scale, plan_
 from zemosaic.carry import Carried, shifted_map
 from zemosaic.coadd import Sub
 from zemosaic.events import Events
-from zemosaic.execute import elsewhere, memory_budget, processes, thread_map
+from zemosaic.execute import elsewhere, memory_budget, thread_map
 from zemosaic.frames import Camera, Frame, FrameError, find_files, read_frame
 from zemosaic.headers import printable
 from zemosaic.measure import FrameMeasure, measure_frame, probe_aperture
@@ -236,8 +236,8 @@ def measure_all(intake: Intake, calibration: Calibration, settings: Settings, wo
     measures: list[FrameMeasure] = []
     here = partial(measure_frame, calibration=calibration, hot_sigma=hot)
     budget = memory_budget(settings.memory_gb)
-    helpers = processes(workers, len(frames), budget)
-    with elsewhere(here, workers, len(frames), budget) as measure:  # the star finder keeps the interpreter's lock
+    # The star finder keeps the interpreter's lock.
+    with elsewhere(here, workers, len(frames), budget) as (measure, threads):
         if intake.carried is None:
             probes = _probes(intake)
             aperture = results.aperture(probes, lambda: probe_aperture(probes, calibration, workers=workers))
@@ -253,7 +253,7 @@ def measure_all(intake: Intake, calibration: Calibration, settings: Settings, wo
                 intake.said[frame.path] = check(frame, made)
             return made
 
-        for i, found in enumerate(thread_map(work, frames, workers + bool(helpers)), start=1):
+        for i, found in enumerate(thread_map(work, frames, threads), start=1):
             if isinstance(found, FrameMeasure):
                 measures.append(found)
                 reasons.append("")
