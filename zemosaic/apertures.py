@@ -12,6 +12,7 @@ import numpy as np
 from zemosaic.compiled import compiled
 
 _RINGS = 256  # equal in area, in which the light around a star is counted
+_SIGMA = 1.4826 / math.sqrt(2)  # of normal values, over the median distance between two of them
 _PARTS = 5  # along each side of a pixel ...
 _NEAR = 3.5  # ... so near to a star
 
@@ -40,13 +41,15 @@ def star_sums(plane, corner_x, corner_y, side, x, y, radius, inner, outer):  # t
         the circle cuts counts by how far its centre lies inside.
     effective : ndarray
         ``(n,)`` float64, sum of the squared shares with which cells counted.
+    noise : ndarray
+        ``(n,)`` float64, noise of a cell of the ring, as `zemosaic.stars.plane_noise` has it; 0 if that is unknown.
     """
-    total, effective = np.empty(len(x)), np.empty(len(x))
-    ring = np.empty(side * side, np.float32)
+    total, effective, noise = np.empty(len(x)), np.empty(len(x)), np.zeros(len(x))
+    ring, apart = np.empty(side * side, np.float32), np.empty(side * side, np.float32)
     nearest, farthest, rim = inner * inner, outer * outer, (radius + 1) * (radius + 1)
     for star in range(len(x)):
         light = counted = squares = 0.0
-        known = 0
+        known = pairs = 0
         for v in range(corner_y[star], corner_y[star] + side):
             down = 2.0 * v - y[star]
             for u in range(corner_x[star], corner_x[star] + side):
@@ -64,9 +67,14 @@ def star_sums(plane, corner_x, corner_y, side, x, y, radius, inner, outer):  # t
                 if nearest <= square <= farthest:
                     ring[known] = sample
                     known += 1
+                    if u >= corner_x[star] + 2 and nearest <= (along - 4.0) ** 2 + down * down <= farthest:
+                        apart[pairs] = abs(sample - plane[v, u - 2])
+                        pairs += 1
         total[star] = light - counted * np.median(ring[:known]) if known else np.nan
         effective[star] = squares
-    return total, effective
+        if pairs:
+            noise[star] = _SIGMA * np.median(apart[:pairs])
+    return total, effective, noise
 
 
 @compiled

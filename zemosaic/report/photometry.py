@@ -147,13 +147,15 @@ def _with_precision(
     """The figures made of bright stars; `offset`, `tie`: zero points of the lots ``(L, C)`` and their error, mag."""
     seen, _, magnitude, _ = average(bright.star, bright.lot, _magnitude(bright.flux), bright.weight)
     median, p95, shared = _repeatability(seen, magnitude)
-    single = _photons(replace(bright, star=bright.star * (int(bright.lot.max()) + 1) + bright.lot))
+    lots = int(bright.lot.max()) + 1
+    twice = np.bincount(seen)[bright.star] > 1  # what is not compared does not tell how well it can be
+    single = _photons(replace(bright, star=bright.star * lots + bright.lot).take(twice))
     found = replace(
         found,
         shared=shared,
         repeat_median=MMAG * median,
         repeat_p95=MMAG * p95,
-        lot_photons=MMAG * np.median(single, axis=0),
+        lot_photons=MMAG * np.median(single, axis=0) if shared else np.full_like(median, np.nan),
     )
     losses = _losses(evidence, mosaic, usable)
     which = np.flatnonzero(np.isin(losses.star, bright.star))
